@@ -1,0 +1,127 @@
+"""The card of a dictionary: what it is, of which model, how it was made and how good it is."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from steer_server.dictionary.site import Site
+from steer_server.errors import CorruptDictionary
+
+FORMAT_VERSION = 1
+
+# The keys of a Hugging Face config.json that decide whether activations of two models can be compared.
+_CONFIG_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """sha256 over the part of a model's config.json that fixes its shape."""
+    part = {key: config.get(key) for key in _CONFIG_KEYS}
+    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model whose activations the dictionary describes."""
+
+    id: str
+    """Hub id or folder name."""
+    revision: str
+    """Hub revision, or sha256 of the weights for a folder."""
+    config_digest: str
+    """As `config_digest` of its config.json."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Measured on held-out text."""
+
+    tokens: int
+    l0: float
+    """Mean number of active features per token."""
+    fvu: float
+    """Fraction of variance unexplained: E|x - x_hat|^2 / E|x - E x|^2."""
+    delta_ce: float
+    """Nats per token that the model loses when x_hat replaces x at the site."""
+    dead_share: float
+    """Share of features active on no held-out token."""
+    pca_fvu: float
+    """FVU of PCA with as many components as `l0`, rounded."""
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """One vector with its activations and reconstruction, as the writer computed them in float32."""
+
+    x: tuple[float, ...]
+    features: tuple[int, ...]
+    """Indices of the non-zero activations."""
+    activations: tuple[float, ...]
+    reconstruction: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Card:
+    """`dictionary.json`."""
+
+    name: str
+    model: Model
+    site: Site
+    d_model: int
+    n_features: int
+    architecture: str
+    """`tied_relu` (the paper's), `relu` or `directions`."""
+    activation: str
+    input_scale: float
+    center_input: bool
+    dtype: str
+    self_test: SelfTest
+    quality: Quality | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    """Corpus, tokens, context length, special-token policy, seed, full trainer config, code version."""
+    files: dict[str, str] = field(default_factory=dict)
+    """sha256 of every other file of the folder."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def sha256(self) -> str:
+        """The dictionary's identity: the sha256 of its weights file."""
+        return self.files["weights.safetensors"]
+
+    def to_json(self) -> str:
+        content = asdict(self) | {"site": str(self.site)}
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The card written as `text`; CorruptDictionary names what is wrong with it."""
+        try:
+            content = json.loads(text)
+            version = content.get("format_version")
+            if version != FORMAT_VERSION:
+                raise CorruptDictionary(
+                    f"dictionary.json has format_version {version!r}; this version reads {FORMAT_VERSION}"
+                )
+            unknown = sorted(set(content) - {entry.name for entry in fields(cls)})
+            if unknown:
+                raise CorruptDictionary(f"dictionary.json has unknown keys: {', '.join(unknown)}")
+            quality = content.pop("quality", None)
+            test = {key: tuple(value) for key, value in content.pop("self_test").items()}
+            return cls(
+                model=Model(**content.pop("model")),
+                site=Site.parse(content.pop("site")),
+                quality=Quality(**quality) if quality else None,
+                self_test=SelfTest(**test),
+                **content,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptDictionary(f"dictionary.json cannot be read: {error!r}") from error

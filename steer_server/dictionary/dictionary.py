@@ -1,0 +1,143 @@
+"""What a dictionary is: encode, decode, and its rows ready for arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Activation(StrEnum):
+    """phi in `f = phi(z)`."""
+
+    RELU = "relu"
+    IDENTITY = "identity"
+
+    @property
+    def threshold(self) -> float:
+        """`f = z` above it, 0 elsewhere."""
+        return 0.0 if self is Activation.RELU else float("-inf")
+
+
+class FeatureRows(NamedTuple):
+    """Features ready to meet raw activations: centring and input scale are folded in.
+
+    `z = x @ encoder.T + bias`; `f = z where z > threshold else 0`; the features' part of the
+    reconstruction is `f @ decoder`.
+    """
+
+    encoder: Float[Tensor, "features d_model"]
+    bias: Float[Tensor, " features"]
+    threshold: Float[Tensor, " features"]
+    decoder: Float[Tensor, "features d_model"]
+
+    def take(self, index: Int[Tensor, " chosen"]) -> "FeatureRows":
+        return FeatureRows(*(tensor[index] for tensor in self))
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch features"]:
+        z = torch.nn.functional.linear(x, self.encoder, self.bias)
+        return torch.where(z > self.threshold, z, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """A sparse dictionary of activations `x` at one site.
+
+    Implements:
+        z     = (s x - c) W_enc + b_enc,   s = input_scale, c = b_dec if center_input else 0
+        f     = phi(z)
+        x_hat = (f W_dec + b_dec) / s
+
+    Tied and row-normalised (W_enc = W_dec.T, phi = ReLU, b_dec = 0) it is the dictionary of
+    "Sparse Autoencoders Find Highly Interpretable Features in Language Models", section 2. With
+    phi = identity its rows are plain directions, and ablating one projects it out.
+    """
+
+    W_enc: Float[Tensor, "d_model n_features"]
+    b_enc: Float[Tensor, " n_features"]
+    W_dec: Float[Tensor, "n_features d_model"]
+    b_dec: Float[Tensor, " d_model"]
+    activation: Activation = Activation.RELU
+    input_scale: float = 1.0
+    center_input: bool = False
+
+    @classmethod
+    def tied(
+        cls,
+        rows: Float[Tensor, "n_features d_model"],
+        b_enc: Float[Tensor, " n_features"],
+        input_scale: float = 1.0,
+    ) -> "Dictionary":
+        """The paper's dictionary; `rows` are the features, already of unit norm."""
+        return cls(rows.T, b_enc, rows, rows.new_zeros(rows.shape[1]), input_scale=input_scale)
+
+    @classmethod
+    def directions(cls, vectors: Float[Tensor, "n_features d_model"]) -> "Dictionary":
+        """Directions without an encoder (a probe, DiffMean, PCA, a user's vector).
+
+        The activation of a direction v is its coordinate `x.v/|v|^2`, so ablating one leaves
+        exactly the part of x orthogonal to v. Several are ablated independently of each other.
+        """
+        encoder = vectors / vectors.square().sum(dim=1, keepdim=True)
+        zeros = vectors.new_zeros
+        return cls(
+            encoder.T, zeros(len(vectors)), vectors, zeros(vectors.shape[1]), Activation.IDENTITY
+        )
+
+    @property
+    def d_model(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def n_features(self) -> int:
+        return self.W_dec.shape[0]
+
+    @property
+    def is_tied(self) -> bool:
+        return self.W_enc.T.data_ptr() == self.W_dec.data_ptr() or torch.equal(
+            self.W_enc.T, self.W_dec
+        )
+
+    @cached_property
+    def rows(self) -> FeatureRows:
+        """All features, folded; shares memory with the weights where folding changes nothing."""
+        encoder, bias, decoder = self.W_enc.T, self.b_enc, self.W_dec
+        if self.center_input:
+            bias = bias - self.b_dec @ self.W_enc
+        if self.input_scale != 1.0:
+            encoder, decoder = encoder * self.input_scale, decoder / self.input_scale
+        threshold = torch.full_like(self.b_enc, self.activation.threshold)
+        return FeatureRows(encoder, bias, threshold, decoder)
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
+        """The features' activations at `x`."""
+        return self.rows.encode(x)
+
+    def encode_features(
+        self, x: Float[Tensor, "*batch d_model"], features: Sequence[int]
+    ) -> Float[Tensor, "*batch chosen"]:
+        """As `encode`, for `features` only."""
+        index = torch.tensor(features, dtype=torch.int64, device=self.W_dec.device)
+        return self.rows.take(index).encode(x)
+
+    def decode(self, f: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction `x_hat` of the vectors whose activations are `f`."""
+        return f @ self.rows.decoder + self.b_dec / self.input_scale
+
+    def to(self, dtype: torch.dtype) -> "Dictionary":
+        """The same dictionary with weights of `dtype`; a tied one stays tied in memory."""
+        W_dec = self.W_dec.to(dtype)
+        W_enc = W_dec.T if self.is_tied else self.W_enc.to(dtype)
+        return Dictionary(
+            W_enc,
+            self.b_enc.to(dtype),
+            W_dec,
+            self.b_dec.to(dtype),
+            self.activation,
+            self.input_scale,
+            self.center_input,
+        )

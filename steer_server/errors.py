@@ -1,0 +1,68 @@
+"""Every error that steer raises on purpose.
+
+* SteerError
+  x InvalidRequest
+    - UnknownFeature
+    - ConflictingEdits
+    - PromptTooLong
+  x DictionaryNotFound
+  x DictionaryMismatch
+  x CorruptDictionary
+  x Overloaded
+  x EngineUnavailable
+  x EditNotApplied
+  x UnsupportedVllm
+"""
+
+
+class SteerError(Exception):
+    """Base of all; a message says what came, what is allowed and what to do."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        """`field` is the proto path of the value at fault, as in `edits[2].clamp.value`."""
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidRequest(SteerError):
+    """A value of the request is not allowed; `field` names it."""
+
+
+class UnknownFeature(InvalidRequest):
+    """A feature index is not in the dictionary."""
+
+
+class ConflictingEdits(InvalidRequest):
+    """Two edits of one program target the same feature."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt leaves no room for a token in the model's context."""
+
+
+class DictionaryNotFound(SteerError):
+    """No dictionary of that name is resident."""
+
+
+class DictionaryMismatch(SteerError):
+    """The dictionary is sound but not for this model or site, or lacks what was asked of it."""
+
+
+class CorruptDictionary(SteerError):
+    """The files are not what the card says; nothing was loaded."""
+
+
+class Overloaded(SteerError):
+    """No room now; the same request may succeed later."""
+
+
+class EngineUnavailable(SteerError):
+    """The engine is starting, stopping or dead."""
+
+
+class EditNotApplied(SteerError):
+    """An edit did not run on tokens it should have; the output must not be trusted."""
+
+
+class UnsupportedVllm(SteerError):
+    """This vLLM, model structure or engine setting cannot carry edits; the server does not start."""
