@@ -1,0 +1,61 @@
+from steer.v1 import edits_pb2 as _edits_pb2
+from steer.v1 import prompt_pb2 as _prompt_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ReadOut(_message.Message):
+    __slots__ = ("dictionary", "top_k", "features", "phases")
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
+    dictionary: str
+    top_k: int
+    features: FeatureList
+    phases: _containers.RepeatedScalarFieldContainer[_edits_pb2.Phase]
+    def __init__(self, dictionary: _Optional[str] = ..., top_k: _Optional[int] = ..., features: _Optional[_Union[FeatureList, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[_edits_pb2.Phase, str]]] = ...) -> None: ...
+
+class FeatureList(_message.Message):
+    __slots__ = ("features",)
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    features: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, features: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SparseActivations(_message.Message):
+    __slots__ = ("read_out", "dictionary", "position", "row_splits", "feature", "value", "active")
+    READ_OUT_FIELD_NUMBER: _ClassVar[int]
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    ROW_SPLITS_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    read_out: int
+    dictionary: str
+    position: _containers.RepeatedScalarFieldContainer[int]
+    row_splits: _containers.RepeatedScalarFieldContainer[int]
+    feature: _containers.RepeatedScalarFieldContainer[int]
+    value: _containers.RepeatedScalarFieldContainer[float]
+    active: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, read_out: _Optional[int] = ..., dictionary: _Optional[str] = ..., position: _Optional[_Iterable[int]] = ..., row_splits: _Optional[_Iterable[int]] = ..., feature: _Optional[_Iterable[int]] = ..., value: _Optional[_Iterable[float]] = ..., active: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class EncodeRequest(_message.Message):
+    __slots__ = ("prompt", "read_outs")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    READ_OUTS_FIELD_NUMBER: _ClassVar[int]
+    prompt: _prompt_pb2.Prompt
+    read_outs: _containers.RepeatedCompositeFieldContainer[ReadOut]
+    def __init__(self, prompt: _Optional[_Union[_prompt_pb2.Prompt, _Mapping]] = ..., read_outs: _Optional[_Iterable[_Union[ReadOut, _Mapping]]] = ...) -> None: ...
+
+class EncodeResponse(_message.Message):
+    __slots__ = ("tokens", "activations")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _prompt_pb2.PromptTokens
+    activations: _containers.RepeatedCompositeFieldContainer[SparseActivations]
+    def __init__(self, tokens: _Optional[_Union[_prompt_pb2.PromptTokens, _Mapping]] = ..., activations: _Optional[_Iterable[_Union[SparseActivations, _Mapping]]] = ...) -> None: ...
