@@ -12,6 +12,8 @@
   x EngineUnavailable
   x EditNotApplied
   x UnsupportedVllm
+  x WrongState
+  x InvalidConfig
 """
 
 
@@ -66,3 +68,11 @@ class EditNotApplied(SteerError):
 
 class UnsupportedVllm(SteerError):
     """This vLLM, model structure or engine setting cannot carry edits; the server does not start."""
+
+
+class WrongState(SteerError):
+    """The session cannot do that now: a turn runs, or none does."""
+
+
+class InvalidConfig(SteerError):
+    """A setting is not allowed; `field` is its key. The server does not start."""

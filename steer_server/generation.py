@@ -121,6 +121,11 @@ class StepOutput:
 class Tokenizer(Protocol):
     """The model's tokenizer."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Every id of the model is below it."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
