@@ -45,6 +45,10 @@ class PromptTooLong(InvalidRequest):
 class DictionaryNotFound(SteerError):
     """No dictionary of that name is resident."""
 
+    def __init__(self, message: str, *, name: str = "", field: str = "") -> None:
+        super().__init__(message, field=field)
+        self.name = name
+
 
 class DictionaryMismatch(SteerError):
     """The dictionary is sound but not for this model or site, or lacks what was asked of it."""

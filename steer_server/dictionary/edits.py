@@ -79,6 +79,7 @@ def coefficients(edit: Edit) -> Coefficients:
 
 def activation_change(
     x: Float[Tensor, "tokens d_model"],
+    x_norm: Float[Tensor, "tokens 1"],
     rows: FeatureRows,
     gain: Float[Tensor, "*tokens features"],
     offset: Float[Tensor, "*tokens features"],
@@ -88,7 +89,6 @@ def activation_change(
 
     A feature with zero coefficients at a token changes by exactly 0 there.
     """
-    x_norm = x.norm(dim=-1, keepdim=True)
     return gain * rows.encode(x) + offset + share * (x_norm / rows.decoder.norm(dim=-1))
 
 
@@ -105,7 +105,8 @@ def edit_delta(
         return torch.zeros_like(x)
     rows = dictionary.rows.take(torch.tensor([edit.feature for edit in edits]))
     table = x.new_tensor([coefficients(edit) for edit in edits])
-    change = activation_change(x, rows, table[:, 0], table[:, 1], table[:, 2])
+    x_norm = x.norm(dim=-1, keepdim=True)
+    change = activation_change(x, x_norm, rows, table[:, 0], table[:, 1], table[:, 2])
     return change @ rows.decoder
 
 

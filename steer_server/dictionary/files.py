@@ -37,6 +37,7 @@ _SELF_TEST_TOLERANCE = 1e-4
 class StoredDictionary:
     """A dictionary with everything its folder says of it; weights are float32 in memory."""
 
+    folder: Path
     card: Card
     dictionary: Dictionary
     statistics: FeatureStatistics
@@ -98,8 +99,9 @@ def load(folder: Path, model_config: Mapping[str, Any] | None = None) -> StoredD
         check_model(card, model_config)
     dictionary = _dictionary(card, safetensors.torch.load_file(folder / WEIGHTS))
     _check_self_test(card, dictionary)
+    statistics = _statistics(folder, card)
     return StoredDictionary(
-        card, dictionary, _statistics(folder, card), _evidence(folder, card.n_features)
+        folder, card, dictionary, statistics, _evidence(folder, card.n_features)
     )
 
 

@@ -1,0 +1,166 @@
+"""Requests from proto to domain, with all validation; an error names the proto path of the value at fault."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2
+
+from steer_server.api.edits import check_feature, check_scopes, read_edits, read_phases
+from steer_server.errors import InvalidRequest, PromptTooLong
+from steer_server.generation import Engine, Sampling
+from steer_server.program import Program, ReadOut
+from steer_server.registry import Registry
+
+MAX_READ_OUTS = 8
+MAX_FEATURES = 256
+MAX_TOP_K = 128
+MAX_STOPS = 16
+MAX_TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class ResolvedRequest:
+    """What a client asked for, checked against this model and its dictionaries."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    program: Program
+
+
+def read_generation(
+    message: steering_pb2.Generation, engine: Engine, registry: Registry, path: str
+) -> ResolvedRequest:
+    """The generation asked for at `path`; max_tokens is cut to what the context leaves."""
+    prompt = read_prompt(message.prompt, engine, f"{path}.prompt")
+    room = engine.max_model_len - len(prompt)
+    sampling = _read_sampling(message.sampling, room, f"{path}.sampling")
+    edits = read_edits(message.edits, registry, engine.max_model_len, f"{path}.edits")
+    check_scopes(edits, len(prompt), sampling.max_tokens, f"{path}.edits")
+    read_outs = _read_read_outs(message.read_outs, registry, f"{path}.read_outs")
+    return ResolvedRequest(prompt, sampling, Program(edits, read_outs))
+
+
+def read_encode(
+    message: activations_pb2.EncodeRequest, engine: Engine, registry: Registry
+) -> ResolvedRequest:
+    """A generation of one token, for the sake of the prompt's activations."""
+    prompt = read_prompt(message.prompt, engine, "prompt")
+    if not message.read_outs:
+        raise InvalidRequest(f"required: 1 to {MAX_READ_OUTS} of them", field="read_outs")
+    for index, entry in enumerate(message.read_outs):
+        if edits_pb2.PHASE_GENERATED in entry.phases:
+            raise InvalidRequest(
+                "nothing is generated here; leave it empty or name PHASE_PROMPT",
+                field=f"read_outs[{index}].phases",
+            )
+    read_outs = tuple(
+        ReadOut(entry.dictionary, entry.top_k, entry.features, prompt=True, generated=False)
+        for entry in _read_read_outs(message.read_outs, registry, "read_outs")
+    )
+    return ResolvedRequest(
+        prompt, Sampling(max_tokens=1, temperature=0.0), Program(read_outs=read_outs)
+    )
+
+
+def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> tuple[int, ...]:
+    """The prompt's token ids: at least one, and fewer than the model's context holds."""
+    match message.WhichOneof("content"):
+        case "text":
+            where = f"{path}.text"
+            ids = tuple(engine.tokenizer.encode(message.text)) if message.text else ()
+        case "token_ids":
+            where = f"{path}.token_ids.ids"
+            ids = tuple(message.token_ids.ids)
+            _check_vocabulary(ids, engine.tokenizer.vocab_size, where)
+        case _:
+            raise InvalidRequest("required: set text or token_ids", field=path)
+    if not ids:
+        raise InvalidRequest("is empty; the model needs at least one token", field=where)
+    if len(ids) >= engine.max_model_len:
+        raise PromptTooLong(
+            f"{len(ids)} tokens; at most {engine.max_model_len - 1} leave room for one more",
+            field=where,
+        )
+    return ids
+
+
+def _check_vocabulary(ids: Sequence[int], size: int, path: str) -> None:
+    for index, token in enumerate(ids):
+        if token >= size:
+            raise InvalidRequest(f"token {token} is not in 0..{size - 1}", field=f"{path}[{index}]")
+
+
+def _read_sampling(message: steering_pb2.Sampling, room: int, path: str) -> Sampling:
+    max_tokens = message.max_tokens if message.HasField("max_tokens") else Sampling.max_tokens
+    if max_tokens == 0:
+        raise InvalidRequest("0 tokens; at least 1", field=f"{path}.max_tokens")
+    temperature = message.temperature if message.HasField("temperature") else 1.0
+    if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
+        raise InvalidRequest(
+            f"{temperature} is not in 0..{MAX_TEMPERATURE:g}", field=f"{path}.temperature"
+        )
+    top_p = message.top_p if message.HasField("top_p") else 1.0
+    if not 0 < top_p <= 1:
+        raise InvalidRequest(f"{top_p} is not above 0 and at most 1", field=f"{path}.top_p")
+    return Sampling(
+        max_tokens=min(max_tokens, room),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=_at_most(message.top_k, 2**31 - 1, f"{path}.top_k"),
+        seed=_at_most(message.seed, 2**63 - 1, f"{path}.seed") if message.HasField("seed") else None,
+        stop=_read_stops(message.stop, f"{path}.stop"),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs,
+    )
+
+
+def _at_most(value: int, high: int, path: str) -> int:
+    if value > high:
+        raise InvalidRequest(f"{value} is over {high}", field=path)
+    return value
+
+
+def _read_stops(stops: Sequence[str], path: str) -> tuple[str, ...]:
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"{len(stops)} texts; at most {MAX_STOPS}", field=path)
+    for index, text in enumerate(stops):
+        if not text:
+            raise InvalidRequest("is empty", field=f"{path}[{index}]")
+    return tuple(stops)
+
+
+def _read_read_outs(
+    messages: Sequence[activations_pb2.ReadOut], registry: Registry, path: str
+) -> tuple[ReadOut, ...]:
+    if len(messages) > MAX_READ_OUTS:
+        raise InvalidRequest(f"{len(messages)} read-outs; at most {MAX_READ_OUTS}", field=path)
+    return tuple(
+        _read_read_out(message, registry, f"{path}[{index}]")
+        for index, message in enumerate(messages)
+    )
+
+
+def _read_read_out(message: activations_pb2.ReadOut, registry: Registry, path: str) -> ReadOut:
+    stored = registry.get(message.dictionary, field=f"{path}.dictionary")
+    prompt, generated = read_phases(message.phases, f"{path}.phases")
+    top_k, features = 0, ()
+    match message.WhichOneof("selection"):
+        case "top_k":
+            if not 1 <= message.top_k <= MAX_TOP_K:
+                raise InvalidRequest(
+                    f"{message.top_k} is not in 1..{MAX_TOP_K}", field=f"{path}.top_k"
+                )
+            top_k = min(message.top_k, stored.card.n_features)
+        case "features":
+            features = tuple(message.features.features)
+            where = f"{path}.features.features"
+            if not 1 <= len(features) <= MAX_FEATURES:
+                raise InvalidRequest(f"{len(features)} features; 1 to {MAX_FEATURES}", field=where)
+            for index, feature in enumerate(features):
+                check_feature(feature, stored, f"{where}[{index}]")
+            if len(set(features)) != len(features):
+                raise InvalidRequest("names a feature twice", field=where)
+        case _:
+            raise InvalidRequest("set one of top_k and features", field=f"{path}.selection")
+    return ReadOut(message.dictionary, top_k, features, prompt, generated)

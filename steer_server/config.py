@@ -1,0 +1,262 @@
+"""The server's settings: from a TOML file, the environment and flags, in rising order of weight."""
+
+import argparse
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from steer_server.dictionary.site import Site
+from steer_server.errors import InvalidConfig, SteerError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_WATCHED = 100
+_WATCHED = re.compile(r"([^:]+):([0-9]+)")
+
+_EXAMPLE = """\
+example:
+  steer-server --model ./smollm2 --dictionary ./dictionaries/smollm2-l9 \\
+      --watch smollm2-l9:17 --max-model-len 1024
+
+Every flag is also a key of the TOML file (max-model-len is max_model_len; dictionaries is a list of
+folders or a table of name = folder) and an environment variable (STEER_MAX_MODEL_LEN; lists are
+separated by commas). A flag beats the environment, which beats the file.
+"""
+
+
+@dataclass(frozen=True)
+class DictionarySource:
+    """A folder to load a dictionary from."""
+
+    folder: Path
+    name: str = ""
+    """What requests call it; empty takes the card's name."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything `steer-server` can be told."""
+
+    model: str
+    """Hugging Face folder or hub id."""
+    dictionaries: tuple[DictionarySource, ...] = ()
+    sites: tuple[Site, ...] = ()
+    """Where the model can be read and edited; empty: the sites of the dictionaries."""
+    watch: tuple[tuple[str, int], ...] = ()
+    """Features whose activations become metrics, by dictionary and index."""
+    host: str = "127.0.0.1"
+    port: int = 50051
+    """0 takes a free one."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 9464
+    """0 takes a free one."""
+    max_model_len: int | None = None
+    """Prompt and generated tokens together; None: what the model was made for."""
+    max_num_seqs: int = 64
+    """Requests computed together."""
+    dtype: str = "auto"
+    enforce_eager: bool = False
+    """Run without torch.compile and CUDA graphs: slower, quicker to start."""
+    kv_cache_gib: int | None = None
+    """Memory of the KV cache on CPU, in GiB; None: vLLM decides."""
+    drain_seconds: int = 30
+    """How long running requests may go on after SIGTERM."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `steer-server`."""
+    root = argparse.ArgumentParser(
+        prog="steer-server",
+        description="Serve a language model whose features clients read and edit over gRPC.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    root.add_argument("--config", metavar="FILE", help="TOML file with any of the keys below")
+    root.add_argument(
+        "--check-config", action="store_true", help="print the resulting settings and exit"
+    )
+    model = root.add_argument_group("what is served")
+    model.add_argument("--model", metavar="FOLDER|ID", help="Hugging Face folder or hub id")
+    model.add_argument(
+        "--dictionary",
+        dest="dictionaries",
+        action="append",
+        metavar="[NAME=]FOLDER",
+        help="load a dictionary; repeat for more (default name: the one its card has)",
+    )
+    model.add_argument(
+        "--site",
+        dest="sites",
+        action="append",
+        metavar="SITE",
+        help="serve this site, such as resid_post.12; repeat (default: those of the dictionaries)",
+    )
+    engine = root.add_argument_group("engine")
+    engine.add_argument(
+        "--max-model-len", metavar="N", help="tokens of prompt and answer together"
+    )
+    engine.add_argument(
+        "--max-num-seqs", metavar="N", help="requests computed together (default 64)"
+    )
+    engine.add_argument("--dtype", metavar="|".join(DTYPES), help="of the model (default auto)")
+    engine.add_argument(
+        "--enforce-eager", action="store_true", help="no torch.compile, no CUDA graphs"
+    )
+    engine.add_argument("--kv-cache-gib", metavar="N", help="KV cache on CPU, in GiB")
+    net = root.add_argument_group("network (no TLS, no authentication: keep it on a trusted one)")
+    net.add_argument("--host", help="gRPC address (default 127.0.0.1)")
+    net.add_argument("--port", metavar="N", help="gRPC port (default 50051; 0: any free one)")
+    net.add_argument("--drain-seconds", metavar="N", help="grace after SIGTERM (default 30)")
+    metrics = root.add_argument_group("metrics")
+    metrics.add_argument("--metrics-host", metavar="HOST", help="default 127.0.0.1")
+    metrics.add_argument("--metrics-port", metavar="N", help="default 9464; 0: any free one")
+    metrics.add_argument(
+        "--watch",
+        action="append",
+        metavar="DICT:FEATURE",
+        help=f"export this feature's activations; repeat, at most {MAX_WATCHED}",
+    )
+    return root
+
+
+def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServerConfig:
+    """The settings that file, environment and flags amount to; InvalidConfig names a wrong key."""
+    raw: dict[str, Any] = {}
+    file = flags.get("config") or environ.get("STEER_CONFIG")
+    if file:
+        raw |= _read_toml(Path(file))
+    raw |= _from_environment(environ)
+    raw |= {key: flags[key] for key in _KEYS if key in flags}
+    unknown = sorted(set(raw) - _KEYS)
+    if unknown:
+        raise InvalidConfig(
+            f"no such setting; there are {', '.join(sorted(_KEYS))}", field=unknown[0]
+        )
+    if not raw.get("model"):
+        raise InvalidConfig(
+            "required: a Hugging Face folder or hub id, such as --model ./smollm2", field="model"
+        )
+    config = ServerConfig(**{key: _CHECKS[key](key, value) for key, value in raw.items()})
+    _check_names(config)
+    return config
+
+
+def _check_names(config: ServerConfig) -> None:
+    names = [source.name for source in config.dictionaries if source.name]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InvalidConfig(f"{twice[0]!r} names two folders", field="dictionaries")
+    if len(set(config.watch)) != len(config.watch):
+        raise InvalidConfig("a feature is listed twice", field="watch")
+    if len(config.watch) > MAX_WATCHED:
+        raise InvalidConfig(
+            f"{len(config.watch)} features; at most {MAX_WATCHED}, each is some ten series",
+            field="watch",
+        )
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidConfig(f"{file} cannot be read: {error}", field="config") from error
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in _KEYS:
+        value = environ.get(f"STEER_{key.upper()}")
+        if value:
+            found[key] = value.split(",") if key in _LISTS else value
+    return found
+
+
+def _integer(low: int, high: int):
+    def check(key: str, value: Any) -> int:
+        text = str(value)
+        number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
+        if isinstance(value, bool) or not low <= number <= high:
+            raise InvalidConfig(f"{value!r} is not a whole number in {low}..{high}", field=key)
+        return number
+
+    return check
+
+
+def _boolean(key: str, value: Any) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in known:
+        raise InvalidConfig(f"{value!r} is neither true nor false", field=key)
+    return known[str(value).lower()]
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidConfig(f"{value!r} is not a text", field=key)
+    return value
+
+
+def _dtype(key: str, value: Any) -> str:
+    if value not in DTYPES:
+        raise InvalidConfig(f"{value!r} is not one of {', '.join(DTYPES)}", field=key)
+    return value
+
+
+def _sources(key: str, value: Any) -> tuple[DictionarySource, ...]:
+    if isinstance(value, Mapping):
+        return tuple(
+            DictionarySource(Path(_text(key, folder)), name) for name, folder in value.items()
+        )
+    found = []
+    for text in _list(key, value):
+        name, equals, folder = text.rpartition("=")
+        if not folder or (equals and not name):
+            raise InvalidConfig(f"{text!r} is neither FOLDER nor NAME=FOLDER", field=key)
+        found.append(DictionarySource(Path(folder), name))
+    return tuple(found)
+
+
+def _sites(key: str, value: Any) -> tuple[Site, ...]:
+    try:
+        return tuple(Site.parse(text) for text in _list(key, value))
+    except SteerError as error:
+        raise InvalidConfig(str(error), field=key) from error
+
+
+def _watch(key: str, value: Any) -> tuple[tuple[str, int], ...]:
+    found = []
+    for text in _list(key, value):
+        match = _WATCHED.fullmatch(text)
+        if match is None:
+            raise InvalidConfig(f"{text!r} is not DICTIONARY:FEATURE, such as l9:17", field=key)
+        found.append((match[1], int(match[2])))
+    return tuple(found)
+
+
+def _list(key: str, value: Any) -> Sequence[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InvalidConfig(f"{value!r} is not a list of texts", field=key)
+    return value
+
+
+_LISTS = {"dictionaries", "sites", "watch"}
+_KEYS = {entry.name for entry in fields(ServerConfig)}
+_CHECKS = {
+    "model": _text,
+    "dictionaries": _sources,
+    "sites": _sites,
+    "watch": _watch,
+    "host": _text,
+    "port": _integer(0, 65535),
+    "metrics_host": _text,
+    "metrics_port": _integer(0, 65535),
+    "max_model_len": _integer(2, 10_000_000),
+    "max_num_seqs": _integer(1, 4096),
+    "dtype": _dtype,
+    "enforce_eager": _boolean,
+    "kv_cache_gib": _integer(1, 100_000),
+    "drain_seconds": _integer(0, 86_400),
+}

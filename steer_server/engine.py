@@ -1,0 +1,310 @@
+"""vLLM with programs: generate, update, abort. The only module beside `vllm_plugin` that imports vLLM."""
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Self
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from steer_server import __version__
+from steer_server.dictionary.edits import AddRelative
+from steer_server.dictionary.files import StoredDictionary, check_model
+from steer_server.dictionary.site import Site
+from steer_server.errors import (
+    DictionaryMismatch,
+    DictionaryNotFound,
+    EditNotApplied,
+    EngineUnavailable,
+    InvalidRequest,
+    UnsupportedVllm,
+)
+from steer_server.generation import Finish, FinishReason, Generation, Sampling, StepOutput
+from steer_server.program import FeatureEdit, Program, ReadOut, Scope
+from steer_server.vllm_plugin.account import Account
+from steer_server.vllm_plugin.wire import KEY, StepResult, program_to_wire
+
+_WORKERS = {
+    "cpu": "steer_server.vllm_plugin.worker.SteerCPUWorker",
+    "cuda": "steer_server.vllm_plugin.worker.SteerGPUWorker",
+}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to start the engine."""
+
+    model: str
+    """A Hugging Face folder or hub id."""
+    sites: tuple[Site, ...]
+    """Where the model is prepared for edits; dictionaries of other sites cannot be added later."""
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    dtype: str = "auto"
+    enforce_eager: bool = False
+    """Skip torch.compile: starts in a third of the time, decodes slower."""
+    kv_cache_gib: int = 4
+    """On CPU; on CUDA vLLM takes its share of the device memory."""
+    block_size: int | None = None
+
+
+class VllmEngine:
+    """The real `generation.Engine`."""
+
+    def __init__(self, llm: AsyncLLM, settings: EngineSettings) -> None:
+        config = llm.model_config
+        self.model_id = str(config.model)
+        self.max_model_len = int(config.max_model_len)
+        self.tokenizer = _Tokenizer(llm.get_tokenizer())
+        self.vocab_size = config.get_vocab_size()
+        self._llm = llm
+        self._settings = settings
+        self._model_config = config.hf_text_config.to_dict()
+        self._dictionaries: dict[str, StoredDictionary] = {}
+        self._accounts: dict[str, Account] = {}
+        self._live: dict[str, asyncio.Event] = {}
+        """By running live generation: set once the worker knows it."""
+        self._update_lock = asyncio.Lock()
+        _intercept(llm, self._accounts)
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> Self:
+        """Loads the model with its sites; takes 20 s and more. Raises what vLLM raises, in words."""
+        _set_environment(settings)
+        try:
+            llm = AsyncLLM.from_engine_args(_engine_args(settings))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EngineUnavailable(
+                f"vLLM did not start with model {settings.model!r}: {error}; its log above says more"
+            ) from error
+        return cls(llm, settings)
+
+    @property
+    def alive(self) -> bool:
+        return self._llm.is_running and not self._llm.errored
+
+    async def add_dictionary(self, name: str, stored: StoredDictionary) -> None:
+        check_model(stored.card, self._model_config)
+        if stored.card.site not in self._settings.sites:
+            raise DictionaryMismatch(
+                f"dictionary {name!r} is of site {stored.card.site}, the engine was started with "
+                f"{', '.join(map(str, self._settings.sites))}; add the site to the settings and restart"
+            )
+        folder = str(stored.folder.resolve())
+        await self._llm.collective_rpc("steer_load", args=(name, folder, stored.sha256))
+        self._dictionaries[name] = stored
+
+    async def self_test(self) -> None:
+        """Writes through the op at every site and sees it in the output; EditNotApplied if not."""
+        prompt = tuple(range(10, 18))
+        plain = await self._first_logprob(prompt, Program())
+        for site in self._settings.sites:
+            name = next((n for n, d in self._dictionaries.items() if d.card.site == site), None)
+            if name is None:
+                continue
+            edit = FeatureEdit(name, AddRelative(0, 1.0), Scope(exclude_positions=frozenset()))
+            program = Program((edit,), (ReadOut(name, top_k=1),))
+            if await self._first_logprob(prompt, program) == plain:
+                raise EditNotApplied(f"self-test: an edit at {site} did not reach the output")
+
+    async def generate(self, generation: Generation) -> AsyncIterator[StepOutput]:
+        name, program = generation.request_id, generation.program
+        self._check(program)
+        if name in self._accounts:
+            raise InvalidRequest(f"request id {name!r} is in use", field="request_id")
+        account = Account(len(generation.prompt_token_ids), [program])
+        self._accounts[name] = account
+        if generation.live:
+            self._live[name] = asyncio.Event()
+        index = 0
+        try:
+            outputs = self._llm.generate(self._prompt(generation), _parameters(generation), name)
+            async for output in outputs:
+                step = _step(output, index, account)
+                index += len(step.token_ids)
+                if generation.live:
+                    self._live[name].set()
+                yield step
+        except EngineDeadError as error:
+            raise EngineUnavailable("the engine has died; the server must be restarted") from error
+        finally:
+            self._accounts.pop(name, None)
+            if generation.live:
+                self._live.pop(name).set()
+
+    async def update(self, request_id: str, program: Program) -> int:
+        self._check(program)
+        known = self._live.get(request_id)
+        if known is not None:
+            await known.wait()
+        # Revisions reach the worker in the order in which they are counted.
+        async with self._update_lock:
+            account = self._accounts.get(request_id)
+            if account is None or request_id not in self._live:
+                raise InvalidRequest(
+                    f"generation {request_id!r} is not live or has ended; its edits cannot change"
+                )
+            revision = account.add_revision(program)
+            content = program_to_wire(program)
+            found = await self._llm.collective_rpc("steer_update", args=(request_id, content))
+        if not all(found):
+            raise InvalidRequest(f"generation {request_id!r} has ended; its edits cannot change")
+        return revision
+
+    async def op_calls(self) -> int:
+        """How often the model has called the op since it was loaded."""
+        return (await self._llm.collective_rpc("steer_op_calls"))[0]
+
+    async def shutdown(self) -> None:
+        self._llm.shutdown()
+
+    def _check(self, program: Program) -> None:
+        for entry in (*program.edits, *program.read_outs):
+            if entry.dictionary not in self._dictionaries:
+                raise DictionaryNotFound(f"no dictionary {entry.dictionary!r} is resident")
+
+    def _prompt(self, generation: Generation) -> TokensPrompt:
+        prompt = TokensPrompt(prompt_token_ids=list(generation.prompt_token_ids))
+        hashes = {name: stored.sha256 for name, stored in self._dictionaries.items()}
+        nonce = uuid.uuid4().hex if generation.live else ""
+        salt = generation.program.cache_salt(hashes, nonce)
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        return prompt
+
+    async def _first_logprob(self, prompt: tuple[int, ...], program: Program) -> float:
+        sampling = Sampling(max_tokens=1, temperature=0.0, logprobs=True)
+        request_id = f"self-test-{uuid.uuid4().hex}"
+        async for step in self.generate(Generation(request_id, prompt, sampling, program)):
+            if program.read_outs and not any(len(rows.positions) for rows in step.activations):
+                raise EditNotApplied("self-test: a read-out returned no rows")
+            return step.logprobs[0]
+        raise EngineUnavailable("self-test: the engine returned nothing")
+
+
+class _Tokenizer:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._piece = lru_cache(maxsize=65536)(lambda token: tokenizer.decode([token]))
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        return [self._piece(token) for token in token_ids]
+
+
+def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
+    worker = _WORKERS.get(current_platform.device_type)
+    if worker is None:
+        raise UnsupportedVllm(f"vLLM's platform {current_platform.device_type!r} is not served")
+    optional = {
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "max_model_len": settings.max_model_len,
+        "block_size": settings.block_size,
+    }
+    return AsyncEngineArgs(
+        model=settings.model,
+        dtype=settings.dtype,  # type: ignore[arg-type]
+        max_num_seqs=settings.max_num_seqs,
+        enforce_eager=settings.enforce_eager,
+        worker_cls=worker,
+        scheduler_cls="steer_server.vllm_plugin.scheduler.SteerScheduler",
+        async_scheduling=False,
+        enable_log_requests=False,
+        # Part of vLLM's compile-cache key. Without it vLLM would load a model compiled without the op.
+        additional_config={KEY: {"sites": list(map(str, settings.sites)), "version": __version__}},
+        **{key: value for key, value in optional.items() if value is not None},
+    )
+
+
+def _set_environment(settings: EngineSettings) -> None:
+    """vLLM takes these from the environment only; what the operator has set stays."""
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+
+
+def _intercept(llm: AsyncLLM, accounts: dict[str, Account]) -> None:
+    """Takes the step results out of vLLM's outputs before it merges those of a slow reader."""
+    processor = llm.output_processor
+    process = processor.process_outputs
+
+    def process_outputs(outputs: list[Any], *rest: Any, **named: Any) -> Any:
+        for output in outputs:
+            results = (output.kv_transfer_params or {}).pop(KEY, None)
+            state = processor.request_states.get(output.request_id)
+            if results is not None and state is not None:
+                account = accounts.get(state.external_req_id)
+                if account is not None:
+                    account.receive(results)
+        return process(outputs, *rest, **named)
+
+    processor.process_outputs = process_outputs  # type: ignore[method-assign]
+
+
+def _parameters(generation: Generation) -> SamplingParams:
+    sampling, program = generation.sampling, generation.program
+    extra: dict[str, Any] | None = None
+    if program != Program() or generation.live:
+        extra = {KEY: program_to_wire(program) | {"name": generation.request_id}}
+    complete = any(entry.prompt and entry.complete for entry in program.read_outs)
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        stop=list(sampling.stop),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=0 if sampling.logprobs else None,
+        extra_args=extra,
+        # Cached prompt tokens are never computed, so they could not be read.
+        skip_reading_prefix_cache=True if complete else None,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _step(output: Any, index: int, account: Account) -> StepOutput:
+    completion = output.outputs[0]
+    token_ids = tuple(completion.token_ids)
+    results = account.take()
+    logprobs = completion.logprobs or ()
+    finish = None
+    if output.finished:
+        generated = index + len(token_ids)
+        cached = output.num_cached_tokens or 0
+        reason = FinishReason(completion.finish_reason)
+        reports = (
+            account.close(generated, cached) if reason is not FinishReason.ABORT else ()
+        )
+        finish = Finish(reason, account.prompt_length, generated, cached, reports)
+    return StepOutput(
+        index,
+        token_ids,
+        completion.text,
+        tuple(entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=False)),
+        tuple(rows for result in results for rows in result.rows),
+        account.applied(results),
+        _seconds(results),
+        finish,
+    )
+
+
+def _seconds(results: Sequence[StepResult]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for result in results:
+        for name, seconds in result.encode_seconds.items():
+            total[name] = total.get(name, 0.0) + seconds
+    return total
