@@ -60,8 +60,8 @@ class ServerConfig:
     dtype: str = "auto"
     enforce_eager: bool = False
     """Run without torch.compile and CUDA graphs: slower, quicker to start."""
-    kv_cache_gib: int | None = None
-    """Memory of the KV cache on CPU, in GiB; None: vLLM decides."""
+    kv_cache_gib: int = 4
+    """Memory of the KV cache on CPU, in GiB; on CUDA vLLM takes its share of the device."""
     drain_seconds: int = 30
     """How long running requests may go on after SIGTERM."""
 
@@ -96,9 +96,7 @@ def parser() -> argparse.ArgumentParser:
         help="serve this site, such as resid_post.12; repeat (default: those of the dictionaries)",
     )
     engine = root.add_argument_group("engine")
-    engine.add_argument(
-        "--max-model-len", metavar="N", help="tokens of prompt and answer together"
-    )
+    engine.add_argument("--max-model-len", metavar="N", help="tokens of prompt and answer together")
     engine.add_argument(
         "--max-num-seqs", metavar="N", help="requests computed together (default 64)"
     )
@@ -106,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--enforce-eager", action="store_true", help="no torch.compile, no CUDA graphs"
     )
-    engine.add_argument("--kv-cache-gib", metavar="N", help="KV cache on CPU, in GiB")
+    engine.add_argument("--kv-cache-gib", metavar="N", help="KV cache on CPU, in GiB (default 4)")
     net = root.add_argument_group("network (no TLS, no authentication: keep it on a trusted one)")
     net.add_argument("--host", help="gRPC address (default 127.0.0.1)")
     net.add_argument("--port", metavar="N", help="gRPC port (default 50051; 0: any free one)")

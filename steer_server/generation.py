@@ -121,11 +121,6 @@ class StepOutput:
 class Tokenizer(Protocol):
     """The model's tokenizer."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Every id of the model is below it."""
-        ...
-
     def encode(self, text: str) -> list[int]: ...
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
@@ -139,7 +134,11 @@ class Engine(Protocol):
     model_id: str
     max_model_len: int
     """Prompt and generated tokens together."""
-    tokenizer: Tokenizer
+    vocab_size: int
+    """Token ids are below it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
     def alive(self) -> bool: ...

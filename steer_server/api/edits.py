@@ -50,12 +50,19 @@ def check_scopes(
     """Each edit holds at one of the positions that the generation computes, or is refused."""
     rows = prompt_length + max_tokens - 1
     for index, entry in enumerate(edits):
-        if not any(entry.scope.holds(position, prompt_length) for position in range(rows)):
+        if not _holds_somewhere(entry.scope, prompt_length, rows):
             raise InvalidRequest(
                 f"holds at none of the positions 0..{rows - 1} that this request computes; "
                 "a default scope leaves out position 0",
                 field=f"{path}[{index}].scope",
             )
+
+
+def _holds_somewhere(scope: Scope, prompt_length: int, rows: int) -> bool:
+    first = 0 if scope.prompt else prompt_length
+    last = rows if scope.generated else prompt_length
+    excluded = sum(first <= position < last for position in scope.exclude_positions)
+    return last - first > excluded
 
 
 def read_phases(phases: Sequence[int], path: str) -> tuple[bool, bool]:

@@ -1,12 +1,15 @@
 """What the engine gives, from domain to proto."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2
 
 from steer_server.api.edits import write_edits
 from steer_server.api.wire import ResolvedRequest
 from steer_server.generation import ActivationRows, Finish, FinishReason, StepOutput, Tokenizer
+
+# Rows and activations of one message, some 10 bytes each: far below the 16 MiB a message may have.
+_ENTRIES_PER_MESSAGE = 1 << 16
 
 _REASONS = {
     FinishReason.STOP: steering_pb2.FINISH_REASON_STOP,
@@ -30,28 +33,52 @@ def prompt_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> prompt_pb2.Prompt
     return prompt_pb2.PromptTokens(ids=ids, pieces=tokenizer.pieces(ids))
 
 
-def tokens(output: StepOutput) -> steering_pb2.Tokens | None:
-    """The tokens and activations of `output`; None if it has neither."""
-    if not (output.token_ids or output.text or output.activations):
-        return None
-    return steering_pb2.Tokens(
-        first_index=output.first_index,
-        ids=output.token_ids,
-        text=output.text,
-        logprobs=output.logprobs,
-        activations=[sparse(rows) for rows in output.activations],
-    )
+def tokens(output: StepOutput) -> Iterator[steering_pb2.Tokens]:
+    """The tokens and activations of `output`, in as many messages as their size asks for."""
+    *before, last = batches(output.activations) or [[]]
+    for batch in before:
+        yield steering_pb2.Tokens(first_index=output.first_index, activations=batch)
+    if output.token_ids or output.text or last:
+        yield steering_pb2.Tokens(
+            first_index=output.first_index,
+            ids=output.token_ids,
+            text=output.text,
+            logprobs=output.logprobs,
+            activations=last,
+        )
 
 
-def sparse(rows: ActivationRows) -> activations_pb2.SparseActivations:
+def batches(
+    activations: Sequence[ActivationRows],
+) -> list[list[activations_pb2.SparseActivations]]:
+    """The rows in their order, cut so that no batch outgrows a message."""
+    found: list[list[activations_pb2.SparseActivations]] = []
+    room = 0
+    for rows in activations:
+        first = 0
+        while first < len(rows.positions):
+            if room <= 0:
+                found.append([])
+                room = _ENTRIES_PER_MESSAGE
+            fits = int(rows.row_splits.searchsorted(rows.row_splits[first] + room, "right")) - 1
+            last = min(max(fits, first + 1), first + room, len(rows.positions))
+            found[-1].append(_sparse(rows, first, last))
+            room -= last - first + int(rows.row_splits[last] - rows.row_splits[first])
+            first = last
+    return found
+
+
+def _sparse(rows: ActivationRows, first: int, last: int) -> activations_pb2.SparseActivations:
+    splits = rows.row_splits[first : last + 1]
+    entries = slice(int(splits[0]), int(splits[-1]))
     return activations_pb2.SparseActivations(
         read_out=rows.read_out,
         dictionary=rows.dictionary,
-        position=rows.positions.tolist(),
-        row_splits=rows.row_splits.tolist(),
-        feature=rows.features.tolist(),
-        value=rows.values.tolist(),
-        active=[] if rows.active is None else rows.active.tolist(),
+        position=rows.positions[first:last].tolist(),
+        row_splits=(splits - splits[0]).tolist(),
+        feature=rows.features[entries].tolist(),
+        value=rows.values[entries].tolist(),
+        active=[] if rows.active is None else rows.active[first:last].tolist(),
     )
 
 

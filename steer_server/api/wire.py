@@ -72,7 +72,7 @@ def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> tuple[
         case "token_ids":
             where = f"{path}.token_ids.ids"
             ids = tuple(message.token_ids.ids)
-            _check_vocabulary(ids, engine.tokenizer.vocab_size, where)
+            _check_vocabulary(ids, engine.vocab_size, where)
         case _:
             raise InvalidRequest("required: set text or token_ids", field=path)
     if not ids:
@@ -108,7 +108,9 @@ def _read_sampling(message: steering_pb2.Sampling, room: int, path: str) -> Samp
         temperature=temperature,
         top_p=top_p,
         top_k=_at_most(message.top_k, 2**31 - 1, f"{path}.top_k"),
-        seed=_at_most(message.seed, 2**63 - 1, f"{path}.seed") if message.HasField("seed") else None,
+        seed=_at_most(message.seed, 2**63 - 1, f"{path}.seed")
+        if message.HasField("seed")
+        else None,
         stop=_read_stops(message.stop, f"{path}.stop"),
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs,

@@ -1,0 +1,152 @@
+"""`steer-server`: a model with its dictionaries, served until a signal."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+from steer_server import __version__
+from steer_server.api.generations import Generations
+from steer_server.api.server import Server
+from steer_server.config import ServerConfig, parser, resolve
+from steer_server.errors import EngineUnavailable, InvalidConfig, SteerError
+from steer_server.generation import Engine
+from steer_server.metrics import Metrics
+from steer_server.registry import Registry
+
+_ENGINE_CHECK_SECONDS = 0.5
+
+
+def main() -> None:
+    flags = vars(parser().parse_args())
+    try:
+        config = resolve(flags)
+        if flags.get("check_config"):
+            _print_config(config)
+            return
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        asyncio.run(serve(config))
+    except SteerError as error:
+        where = f"{error.field}: " if error.field else ""
+        sys.exit(f"steer-server: {where}{error}")
+
+
+async def serve(config: ServerConfig) -> None:
+    """Startup, wait, shutdown. EngineUnavailable if the engine dies."""
+    registry = load_registry(config)
+    watch = resolve_watch(config.watch, registry)
+    metrics = Metrics(config.model, registry, watch)
+    server = Server(metrics)
+    port = server.bind(config.host, config.port)
+    try:
+        scraped = metrics.serve(config.metrics_host, config.metrics_port)
+    except OSError as error:
+        raise InvalidConfig(f"cannot listen on it: {error}", field="metrics_port") from error
+    engine = await _start_engine(config, registry)
+    try:
+        metrics.watch_engine(lambda: engine.alive)
+        await server.start(Generations(engine, registry, metrics, watch))
+        await server.open()
+        print(
+            f"steer {__version__} serving {config.model} on {config.host}:{port}, "
+            f"metrics on {config.metrics_host}:{scraped.server_port}/metrics",
+            flush=True,
+        )
+        await _until_signal(server, engine, config.drain_seconds)
+    finally:
+        await server.stop()
+        await engine.shutdown()
+        scraped.shutdown()
+
+
+def load_registry(config: ServerConfig) -> Registry:
+    """The dictionaries of the configuration, loaded and checked."""
+    registry = Registry()
+    for source in config.dictionaries:
+        registry.load(source.folder, source.name)
+    return registry
+
+
+def resolve_watch(
+    watch: Sequence[tuple[str, int]], registry: Registry
+) -> Mapping[str, Sequence[int]]:
+    """The watched features by dictionary; InvalidConfig if there is no such one."""
+    found: dict[str, list[int]] = {}
+    for name, feature in watch:
+        try:
+            n_features = registry.get(name).card.n_features
+        except SteerError as error:
+            raise InvalidConfig(str(error), field="watch") from error
+        if feature >= n_features:
+            raise InvalidConfig(
+                f"feature {feature} of {name!r} is not in 0..{n_features - 1}", field="watch"
+            )
+        found.setdefault(name, []).append(feature)
+    return found
+
+
+async def _start_engine(config: ServerConfig, registry: Registry) -> Engine:
+    # Late: importing vLLM takes seconds, and --help and a wrong key should not.
+    from steer_server.engine import EngineSettings, VllmEngine
+
+    sites = config.sites or tuple(sorted({stored.card.site for _, stored in registry}))
+    settings = EngineSettings(
+        model=config.model,
+        sites=sites,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        dtype=config.dtype,
+        enforce_eager=config.enforce_eager,
+        kv_cache_gib=config.kv_cache_gib,
+    )
+    engine = await VllmEngine.start(settings)
+    try:
+        for name, stored in registry:
+            await engine.add_dictionary(name, stored)
+        await engine.self_test()
+    except BaseException:
+        await engine.shutdown()
+        raise
+    return engine
+
+
+async def _until_signal(server: Server, engine: Engine, drain_seconds: float) -> None:
+    """Returns when the server has drained after a signal, at once after a second one."""
+    signals = asyncio.Queue[None]()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, None)
+    while signals.empty():
+        if not engine.alive:
+            await server.fail()
+            raise EngineUnavailable("the engine has died; its log says why")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(signals.get(), _ENGINE_CHECK_SECONDS)
+            break
+    print(f"draining, {drain_seconds} s at most; a second signal stops at once", flush=True)
+    drained = asyncio.ensure_future(server.drain(drain_seconds))
+    hurried = asyncio.ensure_future(signals.get())
+    await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (drained, hurried):
+        task.cancel()
+
+
+def _print_config(config: ServerConfig) -> None:
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        print(
+            f"{entry.name} = {value!r}"
+            if not isinstance(value, tuple)
+            else _tuple(entry.name, value)
+        )
+
+
+def _tuple(name: str, values: tuple) -> str:
+    return f"{name} = [{', '.join(repr(value) for value in values)}]"
+
+
+if __name__ == "__main__":
+    main()

