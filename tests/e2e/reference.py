@@ -1,0 +1,68 @@
+"""The independent reference: transformers in float32 with a forward hook that edits and records x."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steer_server.dictionary.dictionary import Dictionary
+from steer_server.dictionary.edits import Edit, edit_delta
+
+EditsAt = Callable[[int], Sequence[Edit]]
+"""The edits that hold at an absolute position."""
+
+
+class Completion(NamedTuple):
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    x: Tensor
+    """The residual stream before any edit, [prompt + generated - 1, d_model]."""
+
+
+class Reference:
+    """Greedy generation, one token at a time."""
+
+    def __init__(self, model: Path, layer: int, dictionary: Dictionary) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._layer = self._model.model.layers[layer]
+        self._dictionary = dictionary
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    @torch.no_grad()
+    def generate(self, prompt: Sequence[int], tokens: int, edits_at: EditsAt) -> Completion:
+        seen: list[Tensor] = []
+        position = 0
+
+        def hook(_module: object, _inputs: object, output: Tensor) -> Tensor:
+            nonlocal position
+            x = output[0]
+            seen.append(x.clone())
+            delta = torch.zeros_like(x)
+            for row in range(len(x)):
+                edits = edits_at(position + row)
+                if edits:
+                    delta[row] = edit_delta(self._dictionary, x[row : row + 1], edits)[0]
+            position += len(x)
+            return output + delta
+
+        handle = self._layer.register_forward_hook(hook)
+        try:
+            ids, logprobs, cache = [], [], None
+            step = torch.tensor([list(prompt)])
+            for _ in range(tokens):
+                out = self._model(step, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                scores = out.logits[0, -1].log_softmax(dim=-1)
+                token = int(scores.argmax())
+                ids.append(token)
+                logprobs.append(float(scores[token]))
+                step = torch.tensor([[token]])
+        finally:
+            handle.remove()
+        return Completion(tuple(ids), tuple(logprobs), torch.cat(seen))

@@ -1,0 +1,76 @@
+"""With torch.compile on, and a compile cache that a run without edits has filled before."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import TokensPrompt
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from steer_server.dictionary.edits import Ablate, AddRelative
+from steer_server.dictionary.files import StoredDictionary
+from steer_server.engine import EngineSettings, VllmEngine
+from steer_server.program import ReadOut
+from tests.conftest import SITE
+from tests.e2e.helpers import IOI, program, run
+from tests.e2e.reference import Reference
+from tests.e2e.test_engine import assert_same, from_one
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+EDITS = (AddRelative(9, 0.5), *(Ablate(feature) for feature in range(100, 900, 100)))
+
+
+@asynccontextmanager
+async def started(model: Path, stored: StoredDictionary) -> AsyncIterator[VllmEngine]:
+    settings = EngineSettings(
+        str(model), (SITE,), max_model_len=512, max_num_seqs=4, dtype="float32", kv_cache_gib=1
+    )
+    engine = await VllmEngine.start(settings)
+    try:
+        await engine.add_dictionary("random", stored)
+        yield engine
+    finally:
+        await engine.shutdown()
+
+
+async def run_plain_vllm(model: Path, prompt: list[int]) -> None:
+    llm = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(model=str(model), max_model_len=512, max_num_seqs=4, dtype="float32")
+    )
+    try:
+        async for _ in llm.generate(
+            TokensPrompt(prompt_token_ids=prompt), SamplingParams(max_tokens=2), "plain"
+        ):
+            pass
+    finally:
+        llm.shutdown()
+
+
+async def test_compiled_models_keep_the_op_through_warm_and_foreign_compile_caches(
+    model_path: Path,
+    random_dictionary: StoredDictionary,
+    reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    steered = program(EDITS, ReadOut("random", top_k=8))
+    prompt = None
+    for start in ("after plain vLLM", "with its own warm cache"):
+        if prompt is None:
+            prompt = reference.tokenize(IOI)
+            await run_plain_vllm(model_path, prompt)
+        async with started(model_path, random_dictionary) as engine:
+            before = await engine.op_calls()
+            outcome = await run(engine, start, prompt, steered)
+            plain = await run(engine, start + ", no edits", prompt)
+
+            assert await engine.op_calls() == before + 32
+            assert_same(outcome, reference.generate(prompt, 16, from_one(EDITS)))
+            assert_same(plain, reference.generate(prompt, 16, from_one(())))
+            assert list(outcome.features()) == list(range(len(prompt) + 15))

@@ -1,0 +1,227 @@
+"""The engine against transformers with hooks, in float32, greedy."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Edit, Scale
+from steer_server.engine import VllmEngine
+from steer_server.errors import DictionaryNotFound, InvalidRequest
+from steer_server.generation import Generation, Sampling
+from steer_server.program import FeatureEdit, Program, ReadOut, Scope
+from tests.e2e.helpers import IOI, TEXTS, Outcome, program, run
+from tests.e2e.reference import Completion, Reference
+
+pytestmark = pytest.mark.e2e
+
+PROGRAMS: dict[str, Sequence[Edit]] = {
+    "no edit": (),
+    "add": (Add(11, 30.0),),
+    "ablate one": (Ablate(7),),
+    "ablate 16": tuple(Ablate(feature) for feature in range(0, 1600, 100)),
+    "clamp": (Clamp(3, 40.0),),
+    "scale": (Scale(5, 4.0),),
+    "add half the norm": (AddRelative(9, 0.5),),
+    "several kinds": (Ablate(100), Clamp(200, 15.0), Add(300, -12.0), AddRelative(400, 0.2)),
+}
+
+
+def from_one(edits: Sequence[Edit]):
+    """The default scope: everything but position 0."""
+    return lambda position: edits if position > 0 else ()
+
+
+def assert_same(outcome: Outcome, expected: Completion) -> None:
+    assert tuple(outcome.token_ids) == expected.token_ids
+    assert np.abs(np.subtract(outcome.logprobs, expected.logprobs)).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+async def test_edits_equal_a_transformers_hook(
+    engine: VllmEngine, reference: Reference, name: str
+) -> None:
+    prompt = engine.tokenizer.encode(IOI)
+    edits = PROGRAMS[name]
+
+    outcome = await run(engine, name, prompt, program(edits))
+
+    assert_same(outcome, reference.generate(prompt, 16, from_one(edits)))
+    assert outcome.finish is not None
+    assert [r.tokens_in_scope for r in outcome.finish.reports] == [len(prompt) + 14] * len(edits)
+
+
+async def test_a_mixed_batch_gives_each_request_its_own_program(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    jobs = [
+        (name, engine.tokenizer.encode(TEXTS[i % len(TEXTS)]), edits)
+        for i, (name, edits) in enumerate(PROGRAMS.items())
+    ]
+
+    outcomes = await asyncio.gather(
+        *(run(engine, name, prompt, program(edits)) for name, prompt, edits in jobs)
+    )
+
+    for outcome, (_, prompt, edits) in zip(outcomes, jobs, strict=True):
+        assert_same(outcome, reference.generate(prompt, 16, from_one(edits)))
+
+
+async def test_steered_neighbours_leave_plain_requests_bit_identical(engine: VllmEngine) -> None:
+    prompts = [engine.tokenizer.encode(text) for text in TEXTS]
+
+    async def batch(edits: Sequence[Edit]) -> list[Outcome]:
+        programs = [Program(), program(edits), Program(), program(edits)]
+        return await asyncio.gather(
+            *(run(engine, f"n{i}", p, q) for i, (p, q) in enumerate(zip(prompts, programs, strict=True)))
+        )
+
+    plain, steered = await batch(()), await batch((AddRelative(9, 0.5), Clamp(3, 40.0)))
+
+    for i in (0, 2):
+        assert plain[i].token_ids == steered[i].token_ids
+        assert plain[i].logprobs == steered[i].logprobs
+    assert plain[1].token_ids != steered[1].token_ids
+
+
+async def test_scope_limits_an_edit_to_its_phase_and_positions(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    prompt = engine.tokenizer.encode(IOI)
+    scope = Scope(prompt=False, exclude_positions=frozenset({len(prompt) + 2}))
+    edit = AddRelative(9, 0.5)
+
+    outcome = await run(engine, "scope", prompt, Program((FeatureEdit("random", edit, scope),)))
+
+    def edits_at(position: int) -> Sequence[Edit]:
+        return (edit,) if position >= len(prompt) and position != len(prompt) + 2 else ()
+
+    assert_same(outcome, reference.generate(prompt, 16, edits_at))
+    assert outcome.finish is not None
+    assert outcome.finish.reports[0].tokens_in_scope == 14
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+async def test_the_prefix_cache_never_mixes_programs(
+    engine: VllmEngine, reference: Reference, plain_first: bool
+) -> None:
+    words = "odd" if plain_first else "even"
+    prompt = engine.tokenizer.encode(" ".join(f"{words} number {n};" for n in range(50)))[:200]
+    edits = (AddRelative(9, 0.4),)
+    expected = {
+        "plain": reference.generate(prompt, 16, from_one(())),
+        "steered": reference.generate(prompt, 16, from_one(edits)),
+    }
+    order = ["plain", "steered"] if plain_first else ["steered", "plain"]
+
+    outcomes = [
+        (key, await run(engine, key, prompt, program(edits if key == "steered" else ())))
+        for key in order * 2
+    ]
+
+    assert abs(expected["plain"].logprobs[0] - expected["steered"].logprobs[0]) > 0.01
+    for key, outcome in outcomes:
+        assert_same(outcome, expected[key])
+    cached = [outcome.finish.cached_tokens for _, outcome in outcomes if outcome.finish]
+    assert cached == [0, 0, 128, 128]
+
+
+async def test_read_out_equals_the_reference_for_prompt_and_generated_tokens(
+    engine: VllmEngine, reference: Reference, random_dictionary
+) -> None:
+    prompt = engine.tokenizer.encode(" ".join(TEXTS))
+    features = tuple(range(0, 400, 2))
+    query = program((), ReadOut("random", top_k=32), ReadOut("random", features=features))
+
+    outcome = await run(engine, "read", prompt, query)
+
+    expected = reference.generate(prompt, 16, from_one(()))
+    f = random_dictionary.dictionary.encode(expected.x)
+    top = Outcome(rows=[rows for rows in outcome.rows if rows.read_out == 0]).features()
+    named = Outcome(rows=[rows for rows in outcome.rows if rows.read_out == 1]).features()
+    assert list(top) == list(named) == list(range(len(prompt) + 15))
+    for position, row in enumerate(f):
+        values, indices = row.topk(32)
+        want = {int(i): float(v) for i, v in zip(indices, values, strict=True) if v > 0}
+        assert set(top[position]) == set(want)
+        assert top[position] == pytest.approx(want, abs=1e-3)
+        want = {i: float(row[i]) for i in features if row[i] > 1e-3}
+        got = {i: value for i, value in named[position].items() if value > 1e-3}
+        assert got == pytest.approx(want, abs=1e-3)
+
+
+async def test_read_out_reports_every_prompt_token_even_when_the_prefix_is_cached(
+    engine: VllmEngine,
+) -> None:
+    prompt = engine.tokenizer.encode(" ".join(f"word{n}" for n in range(80)))[:200]
+    query = program((), ReadOut("random", top_k=4))
+    await run(engine, "warm", prompt)
+
+    outcome = await run(engine, "cached", prompt, query)
+
+    assert list(outcome.features()) == list(range(200 + 15))
+
+
+async def test_an_update_holds_from_exactly_the_index_it_is_acknowledged_with(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    prompt = engine.tokenizer.encode(IOI)
+    before, after = (Add(11, 20.0),), (AddRelative(9, 0.4), Ablate(11))
+    sampling = Sampling(max_tokens=32, temperature=0.0, ignore_eos=True, logprobs=True)
+    generation = Generation("live", tuple(prompt), sampling, program(before), live=True)
+    outcome, task = Outcome(), None
+    async for step in engine.generate(generation):
+        outcome.token_ids += step.token_ids
+        outcome.logprobs += step.logprobs
+        outcome.applied += step.applied
+        outcome.finish = step.finish
+        if task is None and len(outcome.token_ids) >= 8:
+            task = asyncio.create_task(engine.update("live", program(after)))
+
+    assert task is not None
+    assert await task == 1
+    (applied,) = outcome.applied
+    assert applied.revision == 1
+    assert 8 <= applied.first_index <= 12
+    boundary = len(prompt) + applied.first_index - 1
+
+    def edits_at(position: int) -> Sequence[Edit]:
+        return () if position == 0 else before if position < boundary else after
+
+    assert_same(outcome, reference.generate(prompt, 32, edits_at))
+    assert outcome.finish is not None
+    assert [(r.revision, r.edit) for r in outcome.finish.reports] == [(0, 0), (1, 0), (1, 1)]
+    assert outcome.finish.reports[1].tokens_in_scope == 32 - applied.first_index
+
+
+async def test_closing_a_generation_aborts_it_and_frees_its_name(engine: VllmEngine) -> None:
+    prompt = tuple(engine.tokenizer.encode(IOI))
+    long = Sampling(max_tokens=500, temperature=0.0, ignore_eos=True)
+    stream = engine.generate(Generation("gone", prompt, long, program((Ablate(1),))))
+    await anext(stream)
+    await stream.aclose()
+
+    again = await run(engine, "gone", prompt, program((Ablate(1),)), tokens=4)
+
+    assert len(again.token_ids) == 4
+
+
+async def test_requests_that_cannot_be_carried_out_are_refused(engine: VllmEngine) -> None:
+    prompt = engine.tokenizer.encode(IOI)
+
+    with pytest.raises(DictionaryNotFound, match="nobody"):
+        await run(engine, "x", prompt, program((Ablate(1),), name="nobody"))
+    with pytest.raises(InvalidRequest, match="not live"):
+        await engine.update("nobody", Program())
+
+
+async def test_the_self_test_passes_and_the_model_calls_the_op_once_a_step(
+    engine: VllmEngine,
+) -> None:
+    await engine.self_test()
+    before = await engine.op_calls()
+
+    await run(engine, "steps", engine.tokenizer.encode(IOI), tokens=10)
+
+    assert await engine.op_calls() == before + 10

@@ -1,0 +1,218 @@
+"""An engine without a model: its x is made up, what dictionaries make of x is real."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steer_server.dictionary.edits import activation_change, coefficients
+from steer_server.dictionary.files import StoredDictionary
+from steer_server.errors import InvalidRequest
+from steer_server.generation import (
+    ActivationRows,
+    EditReport,
+    Finish,
+    FinishReason,
+    Generation,
+    RevisionApplied,
+    StepOutput,
+)
+from steer_server.program import FeatureEdit, Program, ReadOut
+
+VOCAB = 128
+
+
+class CharTokenizer:
+    """One token per ASCII character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) % VOCAB for character in text]
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        return [chr(token) for token in token_ids]
+
+
+@dataclass
+class _Running:
+    generation: Generation
+    programs: list[Program]
+    revision: int = 0
+    """The one that holds; later programs wait for the next step."""
+    tokens: list[int] = field(default_factory=list)
+    counts: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    """By revision and edit: tokens in scope, changed, sum and largest of relative sizes."""
+
+
+class FakeEngine:
+    """Generates greedily, one token per step, from a fixed random map of the edited x."""
+
+    model_id = "fake"
+    vocab_size = VOCAB
+
+    def __init__(self, d_model: int, max_model_len: int = 64) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.max_model_len = max_model_len
+        self.tokenizer = CharTokenizer()
+        self.alive = True
+        self.cached_tokens = 0
+        """Prompt tokens that the pretended prefix cache holds."""
+        self.merge = 1
+        """Steps per output, as if the reader were slow."""
+        self.failure: Exception | None = None
+        """Raised in place of the second output."""
+        self.steps: asyncio.Semaphore | None = None
+        """If set, each step takes one."""
+        self.running: dict[str, _Running] = {}
+        self.finished: list[str] = []
+        self.aborted: list[str] = []
+        self.computed: list[tuple[str, Tensor]] = []
+        """Every x that was computed, in order."""
+        self._dictionaries: dict[str, StoredDictionary] = {}
+        self._embedding = torch.randn(VOCAB, d_model, generator=generator) * 3
+        self._head = torch.randn(d_model, VOCAB, generator=generator)
+
+    async def add_dictionary(self, name: str, stored: StoredDictionary) -> None:
+        self._dictionaries[name] = stored
+
+    async def self_test(self) -> None:
+        pass
+
+    async def shutdown(self) -> None:
+        self.alive = False
+
+    async def update(self, request_id: str, program: Program) -> int:
+        state = self.running.get(request_id)
+        if state is None or not state.generation.live:
+            raise InvalidRequest(f"generation {request_id} is not live or has ended")
+        state.programs.append(program)
+        return len(state.programs) - 1
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[StepOutput, None]:
+        state = _Running(generation, [generation.program])
+        self.running[generation.request_id] = state
+        try:
+            while True:
+                outputs = [await self._step(state)]
+                while len(outputs) < self.merge and not outputs[-1].finish:
+                    outputs.append(await self._step(state))
+                yield _merged(outputs)
+                if outputs[-1].finish:
+                    self.finished.append(generation.request_id)
+                    return
+                if self.failure:
+                    raise self.failure
+        finally:
+            del self.running[generation.request_id]
+            if generation.request_id not in self.finished:
+                self.aborted.append(generation.request_id)
+
+    async def _step(self, state: _Running) -> StepOutput:
+        if self.steps:
+            await self.steps.acquire()
+        else:
+            await asyncio.sleep(0)
+        prompt, sampling = state.generation.prompt_token_ids, state.generation.sampling
+        index = len(state.tokens)
+        applied = ()
+        if state.revision < len(state.programs) - 1:
+            state.revision = len(state.programs) - 1
+            applied = (RevisionApplied(state.revision, index),)
+        positions = range(len(prompt)) if index == 0 else [len(prompt) + index - 1]
+        x = self._embedding[list(prompt) if index == 0 else [state.tokens[-1]]]
+        self.computed.append((state.generation.request_id, x))
+        logits = self._edited(state, x, positions)[-1] @ self._head
+        state.tokens.append(int(logits.argmax()))
+        done = len(state.tokens) == sampling.max_tokens
+        return StepOutput(
+            index,
+            (state.tokens[-1],),
+            chr(state.tokens[-1]),
+            (float(logits.log_softmax(0).max()),) if sampling.logprobs else (),
+            tuple(self._rows(state, x, positions)),
+            applied,
+            dict.fromkeys(self._dictionaries, 0.001),
+            self._finish(state) if done else None,
+        )
+
+    def _edited(self, state: _Running, x: Tensor, positions: Sequence[int]) -> Tensor:
+        edited = x.clone()
+        for index, entry in enumerate(state.programs[state.revision].edits):
+            delta, changed = self._delta(entry, x)
+            count = state.counts.setdefault((state.revision, index), [0, 0, 0.0, 0.0])
+            for row, position in enumerate(positions):
+                if entry.scope.holds(position, len(state.generation.prompt_token_ids)):
+                    size = float(delta[row].norm() / x[row].norm())
+                    edited[row] += delta[row]
+                    count[0] += 1
+                    count[1] += bool(changed[row])
+                    count[2] += size
+                    count[3] = max(count[3], size)
+        return edited
+
+    def _delta(self, entry: FeatureEdit, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._dictionaries[entry.dictionary].dictionary.rows
+        rows = rows.take(torch.tensor([entry.edit.feature]))
+        table = [torch.tensor([number]) for number in coefficients(entry.edit)]
+        change = activation_change(x, rows, *table)
+        return change @ rows.decoder, change[:, 0] != 0
+
+    def _rows(self, state: _Running, x: Tensor, positions: Sequence[int]):
+        prompt_length = len(state.generation.prompt_token_ids)
+        for index, read_out in enumerate(state.programs[0].read_outs):
+            wanted = [
+                row
+                for row, position in enumerate(positions)
+                if (read_out.prompt if position < prompt_length else read_out.generated)
+                and (read_out.complete or position >= self.cached_tokens)
+            ]
+            if wanted:
+                f = self._dictionaries[read_out.dictionary].dictionary.encode(x[wanted])
+                yield _sparse(index, read_out, [positions[row] for row in wanted], f)
+
+    def _finish(self, state: _Running) -> Finish:
+        reports = tuple(
+            EditReport(revision, edit, int(scope), int(changed), total / max(scope, 1), largest)
+            for (revision, edit), (scope, changed, total, largest) in sorted(state.counts.items())
+        )
+        return Finish(
+            FinishReason.LENGTH,
+            len(state.generation.prompt_token_ids),
+            len(state.tokens),
+            self.cached_tokens,
+            reports,
+        )
+
+
+def _sparse(index: int, read_out: ReadOut, positions: list[int], f: Tensor) -> ActivationRows:
+    features, values, splits = [], [], [0]
+    for row in f:
+        order = read_out.features or row.argsort(descending=True).tolist()[: read_out.top_k]
+        active = [feature for feature in order if row[feature] != 0]
+        features += active
+        values += row[active].tolist()
+        splits.append(len(features))
+    return ActivationRows(
+        index,
+        read_out.dictionary,
+        np.array(positions, np.uint32),
+        np.array(splits, np.uint32),
+        np.array(features, np.uint32),
+        np.array(values, np.float32),
+        (f != 0).sum(dim=1).numpy().astype(np.uint32) if read_out.top_k else None,
+    )
+
+
+def _merged(outputs: list[StepOutput]) -> StepOutput:
+    return StepOutput(
+        outputs[0].first_index,
+        sum((output.token_ids for output in outputs), ()),
+        "".join(output.text for output in outputs),
+        sum((output.logprobs for output in outputs), ()),
+        sum((output.activations for output in outputs), ()),
+        sum((output.applied for output in outputs), ()),
+        outputs[-1].encode_seconds,
+        outputs[-1].finish,
+    )
