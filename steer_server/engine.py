@@ -65,8 +65,7 @@ class VllmEngine:
         config = llm.model_config
         self.model_id = str(config.model)
         self.max_model_len = int(config.max_model_len)
-        self.tokenizer = _Tokenizer(llm.get_tokenizer())
-        self.vocab_size = config.get_vocab_size()
+        self.tokenizer = _Tokenizer(llm.get_tokenizer(), config.get_vocab_size())
         self._llm = llm
         self._settings = settings
         self._model_config = config.hf_text_config.to_dict()
@@ -193,7 +192,8 @@ class VllmEngine:
 
 
 class _Tokenizer:
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._piece = lru_cache(maxsize=65536)(lambda token: tokenizer.decode([token]))
 
@@ -286,9 +286,7 @@ def _step(output: Any, index: int, account: Account) -> StepOutput:
         generated = index + len(token_ids)
         cached = output.num_cached_tokens or 0
         reason = FinishReason(completion.finish_reason)
-        reports = (
-            account.close(generated, cached) if reason is not FinishReason.ABORT else ()
-        )
+        reports = account.close(generated, cached) if reason is not FinishReason.ABORT else ()
         finish = Finish(reason, account.prompt_length, generated, cached, reports)
     return StepOutput(
         index,

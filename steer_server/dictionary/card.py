@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Any
 
 from steer_server.dictionary.site import Site
 from steer_server.errors import CorruptDictionary
@@ -102,7 +102,7 @@ class Card:
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> "Card":
         """The card written as `text`; CorruptDictionary names what is wrong with it."""
         try:
             content = json.loads(text)

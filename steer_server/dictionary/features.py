@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ class FeatureStatistics(NamedTuple):
     """Of the non-zero activations, at `QUANTILES`."""
 
     @classmethod
-    def zeros(cls, n_features: int) -> Self:
+    def zeros(cls, n_features: int) -> "FeatureStatistics":
         """For a dictionary nobody has measured yet."""
         one = torch.zeros(n_features)
         return cls(one, one.clone(), one.clone(), torch.zeros(n_features, len(QUANTILES)))
@@ -53,7 +53,7 @@ class Evidence:
         return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, line: str) -> Self:
+    def from_json(cls, line: str) -> "Evidence":
         content = json.loads(line)
         examples = tuple(
             Example(tuple(item["tokens"]), tuple(item["activations"]))

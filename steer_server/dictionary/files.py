@@ -228,7 +228,9 @@ def _check_self_test(card: Card, dictionary: Dictionary) -> None:
     ):
         error = (have - want).abs().max().item()
         if not error <= _SELF_TEST_TOLERANCE * max(1.0, want.abs().max().item()):
-            raise CorruptDictionary(f"{card.name!r} fails its self-test: {what} differ by {error:.2g}")
+            raise CorruptDictionary(
+                f"{card.name!r} fails its self-test: {what} differ by {error:.2g}"
+            )
 
 
 def _swap(fresh: Path, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 from steer_server.errors import InvalidRequest
 
@@ -19,7 +19,7 @@ class Site:
     layer: int
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> "Site":
         """The site written as `stream.layer`, such as `resid_post.12`."""
         match = _PATTERN.fullmatch(text)
         if match is None:

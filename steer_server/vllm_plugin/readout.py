@@ -45,9 +45,7 @@ def encode(wants: Sequence[Want], dictionary: FeatureRows, x: Tensor) -> Encoded
     return Encoded(found, time.perf_counter() - began)
 
 
-def _top(
-    wants: list[Want], dictionary: FeatureRows, x: Tensor
-) -> list[tuple[str, ActivationRows]]:
+def _top(wants: list[Want], dictionary: FeatureRows, x: Tensor) -> list[tuple[str, ActivationRows]]:
     f = dictionary.encode(_take(wants, x))
     active = torch.count_nonzero(f, dim=1).cpu().numpy().astype(np.uint32)
     k = min(max(want.spec.top_k for want in wants), f.shape[1])
