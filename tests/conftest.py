@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from steer_server.dictionary.card import Card, Model, config_digest
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.files import StoredDictionary, load, save, self_test
 from steer_server.dictionary.site import Site
+
+settings.register_profile("steer", deadline=None)
+settings.load_profile("steer")
 
 MODEL = Path(os.environ.get("STEER_TEST_MODEL", "models/SmolLM2-135M-Instruct")).resolve()
 SITE = Site.parse("resid_post.15")

@@ -1,0 +1,58 @@
+# One door for developers; `make` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lock model corpus protos demo serve test test-prometheus check bench
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: .venv/.done ## everything for CPU, from the lock, into .venv
+
+.venv/.done: requirements/cpu.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock is for Python 3.11; set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# torch's CPU build is not on the default index: UV_FIND_LINKS or UV_EXTRA_INDEX_URL must lead to it.
+lock: ## resolve requirements/cpu.in anew (needs uv)
+	uv pip compile --quiet --python-version 3.11 --override requirements/overrides.txt \
+		--no-header --no-annotate --no-emit-package steer requirements/cpu.in -o requirements/cpu.lock
+
+model: setup ## SmolLM2-135M-Instruct as a Hugging Face folder
+	$(BIN)/python -m trainer model --out $(MODEL)
+
+corpus: setup ## the Brown Corpus and the State of the Union addresses
+	$(BIN)/python -m trainer corpus --out corpora
+
+protos: setup ## regenerate the stubs
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=steer_server/pb --pyi_out=steer_server/pb \
+		--grpc_python_out=steer_server/pb protos/steer/v1/*.proto
+
+demo: model ## start the server, look at features, edit them, stop
+	$(BIN)/python examples/demo.py
+
+serve: model ## the demo's server, until Ctrl-C
+	$(BIN)/steer-server --config examples/server.toml
+
+test: model ## unit tests and end-to-end tests with the real model in real vLLM
+	$(BIN)/pytest -m "not prometheus and not gpu"
+
+test-prometheus: model ## a real Prometheus scrapes a real server (needs Debian's prometheus package)
+	$(BIN)/pytest -m prometheus
+
+check: setup ## formatting, lint, types, import rules, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code --exclude-path google
+	$(MAKE) protos && git diff --exit-code steer_server/pb
+
+bench: model ## benchmarks; results as JSON in build/
+	mkdir -p build
+	$(BIN)/python benchmarks/serving_overhead.py --json build/serving_overhead.json
