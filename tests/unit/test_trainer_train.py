@@ -1,0 +1,341 @@
+"""The trainer end to end on a tiny random Llama: loss, resumption, harvest, artefact."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from steer_server.dictionary.files import load
+from steer_server.dictionary.site import Site
+from trainer import gradient
+from trainer.cli import main
+from trainer.config import TrainConfig
+from trainer.errors import BadCheckpoint, BadConfig, Interrupted, TrainerError
+from trainer.harvest import harvest
+from trainer.model import decoder_layers, load_model, read_site, truncate
+from trainer.run import evaluate_again, label, run
+from trainer.stop import Stop
+from trainer.train import CHECKPOINT, train
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "house",
+    "and",
+    "then",
+    "it",
+    "was",
+    "old",
+    "red",
+    "big",
+    "small",
+]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(model_folder: Path, tmp_path: Path) -> TrainConfig:
+    generator = torch.Generator().manual_seed(1)
+    with (tmp_path / "text.jsonl").open("w") as file:
+        for _ in range(60):
+            picked = torch.randint(len(WORDS), (90,), generator=generator).tolist()
+            file.write(json.dumps({"text": " ".join(WORDS[word] for word in picked)}) + "\n")
+    return TrainConfig(
+        model=str(model_folder),
+        site="resid_post.1",
+        corpus={str(tmp_path / "text.jsonl"): 1.0},
+        out=str(tmp_path / "out" / "tiny"),
+        tokens=4096,
+        eval_tokens=256,
+        n_features=24,
+        alpha=1e-2,
+        batch=64,
+        epochs=2,
+        context=32,
+        holdout_every=10,
+        activation_dtype="float32",
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shift", [0.0, -2.2], ids=["dense", "sparse"])
+def test_the_gradient_is_that_of_the_papers_loss(reduction: str, shift: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    M = torch.randn(40, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    b = torch.full((40,), shift, dtype=torch.float64).requires_grad_()
+    x = torch.randn(32, 12, generator=generator, dtype=torch.float64)
+    rows = M / M.norm(dim=1, keepdim=True).clamp(min=1e-8)
+    f = torch.relu(x @ rows.T + b)
+    squared = (f @ rows - x).square()
+    error = squared.mean() if reduction == "mean" else squared.sum(dim=1).mean()
+    loss = error + 0.03 * f.abs().sum(dim=1).mean()
+    loss.backward()
+
+    with torch.no_grad():
+        step = gradient.step(M, b, x, 0.03, reduction)  # type: ignore[arg-type]
+
+    assert M.grad is not None
+    assert b.grad is not None
+    assert (f > 0).double().mean().item() < 1 / 20 or shift == 0.0
+    assert step.loss == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(step.M, M.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(step.b, b.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_training_broken_off_twice_ends_in_the_same_bytes(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    activations = harvest(config, tmp_path / "activations", Stop())
+    unbroken = train(config, activations, tmp_path / "unbroken", Stop())
+
+    for step in (1, 70):
+        stop = Stop()
+
+        def interrupt(now: int, stop: Stop = stop, step: int = step) -> None:
+            stop.requested = now == step
+
+        with pytest.raises(Interrupted, match=f"step {step} of"):
+            train(config, activations, tmp_path / "broken", stop, interrupt)
+    resumed = train(config, activations, tmp_path / "broken", Stop())
+
+    assert torch.equal(resumed.W_dec, unbroken.W_dec)
+    assert torch.equal(resumed.b_enc, unbroken.b_enc)
+    assert (tmp_path / "broken" / CHECKPOINT).read_bytes() == (
+        tmp_path / "unbroken" / CHECKPOINT
+    ).read_bytes()
+
+
+def test_training_lowers_the_loss_and_keeps_rows_of_unit_norm(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    activations = harvest(config, tmp_path / "activations", Stop())
+    dictionary = train(replace(config, epochs=6), activations, tmp_path / "training", Stop())
+
+    x = activations.gather(torch.arange(500))
+    error = (dictionary.decode(dictionary.encode(x)) - x).square().sum()
+    assert error / (x - x.mean(dim=0)).square().sum() < 0.6
+    torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(24))
+    scaled = x * dictionary.input_scale
+    assert scaled.square().sum(dim=1).mean().item() == pytest.approx(16, rel=0.1)
+
+
+def test_a_harvest_broken_off_goes_on_at_the_next_shard(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.harvest.SHARD_CONTEXTS", 16)
+    whole = harvest(config, tmp_path / "whole", Stop())
+
+    class StopAtThirdShard(Stop):
+        def check(self, done: str) -> None:
+            self.requested = "shard-00002" in done
+            super().check(done)
+
+    with pytest.raises(Interrupted, match="shard-00002"):
+        harvest(config, tmp_path / "broken", StopAtThirdShard())
+    left = sorted(path.name for path in (tmp_path / "broken").glob("shard-*"))
+    resumed = harvest(config, tmp_path / "broken", Stop())
+
+    assert left == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert len(resumed.shards) > 2
+    assert all(map(torch.equal, resumed.shards, whole.shards))
+
+
+def test_no_row_of_position_0_is_harvested_and_each_row_knows_its_place(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    activations = harvest(config, tmp_path / "activations", Stop())
+
+    row = activations.rows[0][40].item()
+    context, position = divmod(row, config.context)
+    model = load_model(config.model)
+    x = read_site(model, Site.parse(config.site), activations.train[context : context + 1])
+    assert not (torch.cat(activations.rows) % config.context == 0).any()
+    torch.testing.assert_close(activations.shards[0][40], x[0, position], rtol=1e-5, atol=1e-6)
+
+
+def test_gather_reads_rows_of_any_shard_in_the_order_asked(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.harvest.SHARD_CONTEXTS", 16)
+    activations = harvest(config, tmp_path / "activations", Stop())
+    index = torch.randperm(activations.count)[:300]
+
+    assert torch.equal(activations.gather(index), torch.cat(activations.shards)[index])
+
+
+@pytest.mark.parametrize("site", ["resid_post.2", "mlp_out.2", "attn_out.2"])
+def test_the_truncated_model_gives_the_full_models_activations(
+    model_folder: Path, site: str
+) -> None:
+    tokens = torch.arange(2, 18).view(2, 8)
+    full = load_model(str(model_folder))
+    expected = read_site(full, Site.parse(site), tokens)
+    hidden = full(input_ids=tokens, output_hidden_states=True).hidden_states
+
+    cut = truncate(load_model(str(model_folder)), Site.parse(site))
+
+    assert len(decoder_layers(cut)) == 3
+    assert not any("lm_head" in name for name, _ in cut.named_parameters())
+    torch.testing.assert_close(read_site(cut, Site.parse(site), tokens), expected)
+    assert torch.equal(expected, hidden[3]) == (site == "resid_post.2")
+
+
+def test_a_site_beyond_the_last_layer_is_refused(model_folder: Path) -> None:
+    with pytest.raises(BadConfig, match=r"layers 0\.\.3"):
+        truncate(load_model(str(model_folder)), Site.parse("resid_post.4"))
+
+
+def test_an_activation_that_overflows_its_dtype_stops_the_harvest(
+    config: TrainConfig, tmp_path: Path, model_folder: Path
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(model_folder)
+    model.model.embed_tokens.weight.data *= 1e6
+    model.save_pretrained(tmp_path / "loud")
+    load_tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    load_tokenizer.save_pretrained(tmp_path / "loud")
+    loud = replace(config, model=str(tmp_path / "loud"), activation_dtype="float16")
+
+    with pytest.raises(TrainerError, match="overflows float16; set activation_dtype"):
+        harvest(loud, tmp_path / "activations", Stop())
+
+
+def test_a_damaged_checkpoint_is_named_and_not_overwritten(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    activations = harvest(config, tmp_path / "activations", Stop())
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / CHECKPOINT).write_bytes(b"not a checkpoint")
+
+    with pytest.raises(BadCheckpoint, match="remove it to begin anew"):
+        train(config, activations, tmp_path / "training", Stop())
+    assert (tmp_path / "training" / CHECKPOINT).read_bytes() == b"not a checkpoint"
+
+
+def test_a_run_leaves_a_dictionary_whose_card_tells_how_it_was_made(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    card = run(config, tmp_path / "runs", Stop())
+
+    stored = load(Path(config.out), json.loads((Path(config.model) / "config.json").read_text()))
+    assert stored.card == card
+    assert card.training["config"]["alpha"] == config.alpha
+    assert card.training["separator"] == "<eos>"
+    assert card.quality == evaluate_again(Path(config.out), None, [], None, Stop())
+    assert run(config, tmp_path / "runs", Stop()) == card
+    with pytest.raises(BadConfig, match="another configuration"):
+        run(replace(config, alpha=0.5), tmp_path / "runs", Stop())
+
+
+def test_examples_show_the_activations_of_their_tokens_strongest_first(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    run(config, tmp_path / "runs", Stop())
+
+    stored = load(Path(config.out))
+    feature, entry = max(stored.evidence.items(), key=lambda item: stored.statistics.max[item[0]])
+    peaks = [max(example.activations) for example in entry.examples]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] == pytest.approx(stored.statistics.max[feature].item(), rel=1e-2)
+    assert all(len(example.tokens) == len(example.activations) for example in entry.examples)
+    assert len(entry.logits_up) == 6
+    assert entry.logits_up[0][1] > 0 > entry.logits_down[0][1]
+
+
+def test_labels_are_merged_and_the_weights_keep_their_identity(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    card = run(config, tmp_path / "runs", Stop())
+    before = load(Path(config.out))
+    labels = tmp_path / "labels.toml"
+    labels.write_text(f'weights_sha256 = "{card.sha256}"\n[labels]\n3 = "cats"\n')
+
+    assert label(Path(config.out), labels) == 1
+
+    after = load(Path(config.out))
+    assert after.sha256 == before.sha256
+    assert after.evidence[3].label == "cats"
+    assert after.evidence[3].examples == before.evidence[3].examples
+    assert after.card.quality == before.card.quality
+
+
+def test_labels_of_another_dictionary_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    run(config, tmp_path / "runs", Stop())
+    labels = tmp_path / "labels.toml"
+    labels.write_text('weights_sha256 = "00"\n[labels]\n3 = "cats"\n')
+
+    with pytest.raises(BadConfig, match="means nothing in another dictionary"):
+        label(Path(config.out), labels)
+
+
+def test_a_signal_ends_the_command_with_130_and_a_way_to_go_on(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    lines = [f"{key} = {json.dumps(getattr(config, key))}" for key in ("model", "site", "out")]
+    lines += ["tokens = 4096", "eval_tokens = 256", "n_features = 24", "alpha = 0.01"]
+    lines += ["batch = 64", "epochs = 100000", "context = 32"]
+    lines += ["[corpus]", f"{json.dumps(next(iter(config.corpus)))} = 1.0"]
+    (tmp_path / "c.toml").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "trainer", "train", str(tmp_path / "c.toml")]
+    process = subprocess.Popen(
+        [*command, "--runs", str(tmp_path / "runs")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stderr is not None
+    seen = ""
+    while "train:" not in seen:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "The same command goes on from there." in rest
+    assert list((tmp_path / "runs").glob("training-*/" + CHECKPOINT))
+
+
+def test_a_configuration_error_is_one_line_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.toml").write_text("speed = 3\n")
+
+    assert main(["train", str(tmp_path / "c.toml")]) == 1
+    assert capsys.readouterr().err.startswith("error: unknown keys: speed; known are model, site")

@@ -1,0 +1,197 @@
+"""What each feature responds to and what it does: statistics, top examples, logit effects."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from steer_server.dictionary.dictionary import Dictionary
+from steer_server.dictionary.features import QUANTILES, Evidence, Example, FeatureStatistics
+from trainer.errors import BadConfig
+from trainer.harvest import SHARD_CONTEXTS, Activations
+from trainer.model import decoder_layers
+from trainer.stop import Stop
+
+EXAMPLES = 4
+BEFORE, AFTER = 8, 3
+LOGITS = 6
+_CHUNK_CONTEXTS = 8
+# Quantiles come from histograms on a log scale: bins are 2.2% wide, from 2^-10 to 2^20.
+_BINS_PER_OCTAVE, _LOW_OCTAVE, _OCTAVES = 32, -10, 30
+_BINS = _BINS_PER_OCTAVE * _OCTAVES
+
+
+class Survey:
+    """Statistics and the contexts of the strongest activations, in one pass over a harvest."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        F = dictionary.n_features
+        self.dictionary = dictionary
+        self.tokens = 0
+        self.sum = torch.zeros(F, dtype=torch.float64)
+        self.max = torch.zeros(F)
+        self.bins = torch.zeros(F * _BINS, dtype=torch.int64)
+        self.top = torch.zeros(0, F)
+        self.top_contexts = torch.zeros(0, F, dtype=torch.int64)
+
+    def add(self, x: Tensor, rows: Tensor, length: int) -> None:
+        """Activations of whole contexts; `rows` are their places in the harvest."""
+        f = self.dictionary.encode(x)
+        self.tokens += len(x)
+        self.sum += f.sum(dim=0, dtype=torch.float64)
+        at, feature = f.nonzero(as_tuple=True)
+        octaves = f[at, feature].log2() - _LOW_OCTAVE
+        slot = (octaves * _BINS_PER_OCTAVE).long().clamp(0, _BINS - 1)
+        self.bins += torch.bincount(feature * _BINS + slot, minlength=len(self.bins))
+        contexts, place = (rows.long() // length).unique(return_inverse=True)
+        peak = torch.stack([f[place == number].amax(dim=0) for number in range(len(contexts))])
+        self.max = torch.maximum(self.max, peak.amax(dim=0))
+        self._keep_top(peak, contexts[:, None].expand_as(peak))
+
+    def statistics(self) -> FeatureStatistics:
+        """Over everything added."""
+        bins = self.bins.view(-1, _BINS)
+        count = bins.sum(dim=1)
+        reached = bins.cumsum(dim=1)
+        edges = torch.arange(_BINS) + 0.5
+        middles = torch.exp2(edges / _BINS_PER_OCTAVE + _LOW_OCTAVE)
+        quantiles = [
+            middles[
+                torch.searchsorted(reached, (count * level).ceil().clamp(min=1).long()[:, None])
+            ]
+            for level in QUANTILES
+        ]
+        fired = count > 0
+        table = torch.minimum(torch.cat(quantiles, dim=1), self.max[:, None])
+        return FeatureStatistics(
+            density=(count.double() / self.tokens).float(),
+            mean=torch.where(fired, self.sum / count.clamp(min=1), 0.0).float(),
+            max=self.max,
+            quantiles=torch.where(fired[:, None], table, 0.0),
+        )
+
+    def _keep_top(self, peak: Tensor, contexts: Tensor) -> None:
+        values = torch.cat([self.top, peak])
+        best = values.topk(min(EXAMPLES, len(values)), dim=0)
+        self.top = best.values
+        self.top_contexts = torch.cat([self.top_contexts, contexts]).gather(0, best.indices)
+
+
+@torch.inference_mode()
+def survey(dictionary: Dictionary, activations: Activations, stop: Stop) -> Survey:
+    """Over all training activations."""
+    result = Survey(dictionary)
+    with tqdm(desc="statistics", total=activations.count, unit=" tokens") as bar:
+        for x, rows in _chunks(activations):
+            stop.check("the dictionary is trained, its statistics start anew")
+            result.add(x.float(), rows, activations.train.shape[1])
+            bar.update(len(x))
+    return result
+
+
+@torch.inference_mode()
+def evidence(
+    result: Survey,
+    activations: Activations,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    stop: Stop,
+) -> list[Evidence]:
+    """Of every feature that fired: its strongest activations in context, and its logit effects."""
+    dictionary = result.dictionary
+    texts = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
+    examples = _examples(result, activations, texts, stop)
+    entries: list[Evidence] = []
+    for start in range(0, dictionary.n_features, 256):
+        stop.check("the dictionary is trained, its evidence starts anew")
+        effects = logit_effects(model, dictionary.W_dec[start : start + 256])
+        effects = effects[:, : len(texts)]
+        up, down = effects.topk(LOGITS), effects.topk(LOGITS, largest=False)
+        for number in range(len(effects)):
+            feature = start + number
+            if feature in examples:
+                entries.append(
+                    Evidence(
+                        feature,
+                        examples=tuple(examples[feature]),
+                        logits_up=_named(up.values[number], up.indices[number], texts),
+                        logits_down=_named(down.values[number], down.indices[number], texts),
+                    )
+                )
+    return entries
+
+
+def logit_effects(model: nn.Module, directions: Tensor) -> Tensor:
+    """Logits that each direction alone gives through the final norm and the head, less those of 0."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    norm = _final_norm(model)
+    probe = torch.cat([directions, torch.zeros_like(directions[:1])]).to(head.weight)
+    logits = head(norm(probe)).float()
+    return (logits[:-1] - logits[-1]).cpu()
+
+
+def _final_norm(model: nn.Module) -> nn.Module:
+    layers = decoder_layers(model)
+    parent = next(module for module in model.modules() if layers in list(module.children()))
+    norms = [child for child in parent.children() if "norm" in type(child).__name__.lower()]
+    if not norms:
+        raise BadConfig(f"{type(parent).__name__} has no norm after its layers")
+    return norms[-1]
+
+
+def _chunks(activations: Activations) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every shard in pieces of whole contexts."""
+    length = activations.train.shape[1]
+    for x, rows in zip(activations.shards, activations.rows, strict=True):
+        contexts = rows.long() // length
+        piece = (contexts - contexts[0]) // _CHUNK_CONTEXTS
+        sizes = torch.bincount(piece).tolist()
+        yield from zip(x.split(sizes), rows.split(sizes), strict=True)
+
+
+def _examples(
+    result: Survey, activations: Activations, texts: list[str], stop: Stop
+) -> dict[int, list[Example]]:
+    """By feature, strongest first."""
+    rank, feature = (result.top > 0).nonzero(as_tuple=True)
+    context = result.top_contexts[rank, feature]
+    found: dict[int, dict[int, Example]] = {}
+    for number in context.unique().tolist():
+        stop.check("the dictionary is trained, its evidence starts anew")
+        place, x = _context(activations, number)
+        here = context == number
+        f = result.dictionary.rows.take(feature[here]).encode(x)
+        for column, (of, at) in enumerate(
+            zip(feature[here].tolist(), rank[here].tolist(), strict=True)
+        ):
+            values = torch.zeros(activations.train.shape[1])
+            values[place] = f[:, column]
+            found.setdefault(of, {})[at] = _window(values, activations.train[number], texts)
+    return {of: [examples[at] for at in sorted(examples)] for of, examples in found.items()}
+
+
+def _context(activations: Activations, number: int) -> tuple[Tensor, Tensor]:
+    """Positions and activations of one context."""
+    length = activations.train.shape[1]
+    shard = number // SHARD_CONTEXTS
+    rows = activations.rows[shard].long()
+    here = rows // length == number
+    return rows[here] % length, activations.shards[shard][here].float()
+
+
+def _window(values: Tensor, tokens: Tensor, texts: list[str]) -> Example:
+    peak = int(values.argmax())
+    span = slice(max(0, peak - BEFORE), peak + AFTER + 1)
+    return Example(
+        tuple(texts[token] for token in tokens[span].tolist()),
+        tuple(float(f"{value:.3g}") for value in values[span].tolist()),
+    )
+
+
+def _named(values: Tensor, tokens: Tensor, texts: list[str]) -> tuple[tuple[str, float], ...]:
+    return tuple(
+        (texts[token], round(value, 2))
+        for value, token in zip(values.tolist(), tokens.tolist(), strict=True)
+    )
