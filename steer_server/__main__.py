@@ -6,7 +6,9 @@ import dataclasses
 import logging
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import uvloop
 
 from steer_server import __version__
 from steer_server.api.generations import Generations
@@ -28,13 +30,42 @@ def main() -> None:
             _print_config(config)
             return
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        asyncio.run(serve(config))
+        uvloop.run(serve(config))
     except SteerError as error:
         where = f"{error.field}: " if error.field else ""
         sys.exit(f"steer-server: {where}{error}")
 
 
-async def serve(config: ServerConfig) -> None:
+async def start_engine(config: ServerConfig, registry: Registry) -> Engine:
+    """vLLM with the model, the dictionaries resident, and proof that edits reach its output."""
+    # Late: importing vLLM takes seconds, and --help and a wrong key should not.
+    from steer_server.engine import EngineSettings, VllmEngine
+
+    sites = config.sites or tuple(sorted({stored.card.site for _, stored in registry}))
+    settings = EngineSettings(
+        model=config.model,
+        sites=sites,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        dtype=config.dtype,
+        enforce_eager=config.enforce_eager,
+        kv_cache_gib=config.kv_cache_gib,
+    )
+    engine = await VllmEngine.start(settings)
+    try:
+        for name, stored in registry:
+            await engine.add_dictionary(name, stored)
+        await engine.self_test()
+    except BaseException:
+        await engine.shutdown()
+        raise
+    return engine
+
+
+async def serve(
+    config: ServerConfig,
+    start: Callable[[ServerConfig, Registry], Awaitable[Engine]] = start_engine,
+) -> None:
     """Startup, wait, shutdown. EngineUnavailable if the engine dies."""
     registry = load_registry(config)
     watch = resolve_watch(config.watch, registry)
@@ -45,7 +76,7 @@ async def serve(config: ServerConfig) -> None:
         scraped = metrics.serve(config.metrics_host, config.metrics_port)
     except OSError as error:
         raise InvalidConfig(f"cannot listen on it: {error}", field="metrics_port") from error
-    engine = await _start_engine(config, registry)
+    engine = await start(config, registry)
     try:
         metrics.watch_engine(lambda: engine.alive)
         await server.start(Generations(engine, registry, metrics, watch))
@@ -60,6 +91,7 @@ async def serve(config: ServerConfig) -> None:
         await server.stop()
         await engine.shutdown()
         scraped.shutdown()
+        scraped.server_close()
 
 
 def load_registry(config: ServerConfig) -> Registry:
@@ -86,31 +118,6 @@ def resolve_watch(
             )
         found.setdefault(name, []).append(feature)
     return found
-
-
-async def _start_engine(config: ServerConfig, registry: Registry) -> Engine:
-    # Late: importing vLLM takes seconds, and --help and a wrong key should not.
-    from steer_server.engine import EngineSettings, VllmEngine
-
-    sites = config.sites or tuple(sorted({stored.card.site for _, stored in registry}))
-    settings = EngineSettings(
-        model=config.model,
-        sites=sites,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        dtype=config.dtype,
-        enforce_eager=config.enforce_eager,
-        kv_cache_gib=config.kv_cache_gib,
-    )
-    engine = await VllmEngine.start(settings)
-    try:
-        for name, stored in registry:
-            await engine.add_dictionary(name, stored)
-        await engine.self_test()
-    except BaseException:
-        await engine.shutdown()
-        raise
-    return engine
 
 
 async def _until_signal(server: Server, engine: Engine, drain_seconds: float) -> None:

@@ -28,7 +28,14 @@ from steer_server.errors import (
     InvalidRequest,
     UnsupportedVllm,
 )
-from steer_server.generation import Finish, FinishReason, Generation, Sampling, StepOutput
+from steer_server.generation import (
+    Finish,
+    FinishReason,
+    Generation,
+    Sampling,
+    StepOutput,
+    Tokenizer,
+)
 from steer_server.program import FeatureEdit, Program, ReadOut, Scope
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.wire import KEY, StepResult, program_to_wire
@@ -65,7 +72,7 @@ class VllmEngine:
         config = llm.model_config
         self.model_id = str(config.model)
         self.max_model_len = int(config.max_model_len)
-        self.tokenizer = _Tokenizer(llm.get_tokenizer(), config.get_vocab_size())
+        self.tokenizer: Tokenizer = _Tokenizer(llm.get_tokenizer(), config.get_vocab_size())
         self._llm = llm
         self._settings = settings
         self._model_config = config.hf_text_config.to_dict()
@@ -208,7 +215,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     worker = _WORKERS.get(current_platform.device_type)
     if worker is None:
         raise UnsupportedVllm(f"vLLM's platform {current_platform.device_type!r} is not served")
-    optional = {
+    optional: dict[str, Any] = {
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "max_model_len": settings.max_model_len,
         "block_size": settings.block_size,

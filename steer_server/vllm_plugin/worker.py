@@ -25,6 +25,11 @@ SUPPORTED_VLLM = ("0.32",)
 class _Sites:
     """What a worker does beside vLLM's own work; mixed in before it. Knows the V1 model runner."""
 
+    vllm_config: Any
+    model_config: Any
+    model_runner: Any
+    device: Any
+
     def load_model(self, **options: Any) -> None:
         super().load_model(**options)  # type: ignore[misc]
         _check_supported(self)

@@ -49,7 +49,8 @@ class ActivationServiceServicer:
     def Encode(self, request, context):
         """The sparse activations of each token of a prompt.
 
-        The first response holds the tokens, the following ones the activations, in order of position.
+        The first response holds the tokens, the following ones the activations; those of a read-out come in
+        order of position, cut into as many responses as their size asks for.
         Errors: as the fields say.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1,0 +1,210 @@
+"""What edits and read-outs cost: tokens/s as a ratio to plain vLLM, the same model and settings without the plugin.
+
+Both engines are up at once and take turns, round by round and in alternating order, so that a noisy machine is noisy
+to both. Each figure is the median over rounds of (time of plain vLLM / time of the case): 1.00 is free, 0.95 costs 5 %.
+
+    python benchmarks/serving_overhead.py --json build/serving_overhead.json
+
+`--quick` takes two short rounds, to see that it runs. `--compiled` leaves torch.compile on (needs a C++ compiler).
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import vllm
+from tqdm import tqdm
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from steer_server.dictionary import files
+from steer_server.dictionary.edits import AddRelative
+from steer_server.engine import EngineSettings, VllmEngine
+from steer_server.generation import Generation, Sampling
+from steer_server.program import FeatureEdit, Program, ReadOut
+
+PROMPT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS = 32, 1024, 16
+NAME = "d"
+
+
+class Workload(NamedTuple):
+    requests: int
+    prompt_tokens: int
+    tokens: int
+
+
+def programs() -> dict[str, Program]:
+    """The cases; the edits are on every row and small enough to leave the length of the text alone."""
+    edits = tuple(FeatureEdit(NAME, AddRelative(feature, 0.01)) for feature in range(16))
+    read_out = (ReadOut(NAME, top_k=32),)
+    return {
+        "idle": Program(),
+        "edit1": Program(edits[:1]),
+        "edit16": Program(edits),
+        "readout32": Program((), read_out),
+        "edit16_readout32": Program(edits, read_out),
+    }
+
+
+class Bench:
+    """Two engines and a counter that keeps request ids and prompts new, so that no prefix is cached."""
+
+    def __init__(self, plain: AsyncLLM, steer: VllmEngine) -> None:
+        self.plain, self.steer, self.count = plain, steer, 0
+
+    def _prompt(self, length: int) -> list[int]:
+        self.count += 1
+        return [1000 + (self.count * 7919 + i * 31) % 40000 for i in range(length)]
+
+    async def time_plain(self, load: Workload) -> float:
+        parameters = SamplingParams(
+            max_tokens=load.tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+        async def one() -> None:
+            prompt = TokensPrompt(prompt_token_ids=self._prompt(load.prompt_tokens))
+            async for _ in self.plain.generate(prompt, parameters, f"p{self.count}"):
+                pass
+
+        return await _timed([one() for _ in range(load.requests)])
+
+    async def time_steer(self, load: Workload, program: Program) -> float:
+        sampling = Sampling(max_tokens=load.tokens, temperature=0.0, ignore_eos=True)
+
+        async def one() -> None:
+            prompt = tuple(self._prompt(load.prompt_tokens))
+            generation = Generation(f"s{self.count}", prompt, sampling, program)
+            async for _ in self.steer.generate(generation):
+                pass
+
+        return await _timed([one() for _ in range(load.requests)])
+
+    async def ratios(self, load: Workload, rounds: int, bar: tqdm) -> dict[str, Any]:
+        cases = programs()
+        found: dict[str, list[float]] = {name: [] for name in cases}
+        plain_times: list[float] = []
+        for number in range(rounds + 1):
+            for name in cases if number % 2 else reversed(cases):
+                # Plain vLLM right before or right after each case: what is compared shares its minute.
+                if number % 2:
+                    plain = await self.time_plain(load)
+                    steered = await self.time_steer(load, cases[name])
+                else:
+                    steered = await self.time_steer(load, cases[name])
+                    plain = await self.time_plain(load)
+                if number:
+                    found[name].append(plain / steered)
+                    plain_times.append(plain)
+                bar.update()
+        produced = load.requests * (load.tokens if load.tokens > 1 else load.prompt_tokens)
+        return {
+            **{name: round(statistics.median(values), 3) for name, values in found.items()},
+            "spread": {name: [round(min(v), 3), round(max(v), 3)] for name, v in found.items()},
+            "plain_tokens_per_second": round(produced / statistics.median(plain_times), 1),
+        }
+
+
+async def _timed(jobs: Sequence[Any]) -> float:
+    began = time.perf_counter()
+    await asyncio.gather(*jobs)
+    return time.perf_counter() - began
+
+
+async def main(options: argparse.Namespace) -> dict[str, Any]:
+    stored = files.load(options.dictionary)
+    settings = EngineSettings(
+        str(options.model),
+        (stored.card.site,),
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=MAX_NUM_SEQS,
+        dtype="float32",
+        enforce_eager=not options.compiled,
+        kv_cache_gib=1,
+    )
+    steer = await VllmEngine.start(settings)
+    plain = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=str(options.model),
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=MAX_NUM_SEQS,
+            dtype="float32",
+            enforce_eager=not options.compiled,
+        )
+    )
+    await steer.add_dictionary(NAME, stored)
+    bench = Bench(plain, steer)
+    tokens, rounds = (8, 2) if options.quick else (64, options.rounds)
+    loads = {
+        "batch_1": Workload(1, PROMPT_TOKENS, tokens),
+        "batch_16": Workload(16, PROMPT_TOKENS, tokens),
+        "prompt_1x512": Workload(1, 512, 1),
+    }
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": f"{_cpu()}, {os.cpu_count()} cores",
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+        "model": options.model.name,
+        "n_features": stored.card.n_features,
+        "compiled": options.compiled,
+        "rounds": rounds,
+    }
+    with tqdm(total=(rounds + 1) * len(loads) * len(programs()), unit="pair") as bar:
+        for name, load in loads.items():
+            bar.set_description(name)
+            result[name] = await bench.ratios(load, rounds, bar)
+    plain.shutdown()
+    await steer.shutdown()
+    return result
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument(
+        "--dictionary",
+        type=Path,
+        default=next(iter(sorted(Path("examples/dictionaries").glob("*/"))), None),
+        help="folder; default: the first in examples/dictionaries",
+    )
+    parser.add_argument("--json", type=Path, help="write the result here as well")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # vLLM starts its processes by importing this file again.
+    options = _options()
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    result = json.dumps(asyncio.run(main(options)), indent=1)
+    print(result)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(result + "\n")
