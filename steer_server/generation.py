@@ -121,6 +121,11 @@ class StepOutput:
 class Tokenizer(Protocol):
     """The model's tokenizer."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Every id of the model is below it."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
@@ -134,11 +139,7 @@ class Engine(Protocol):
     model_id: str
     max_model_len: int
     """Prompt and generated tokens together."""
-    vocab_size: int
-    """Token ids are below it."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
+    tokenizer: Tokenizer
 
     @property
     def alive(self) -> bool: ...

@@ -72,7 +72,7 @@ def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> tuple[
         case "token_ids":
             where = f"{path}.token_ids.ids"
             ids = tuple(message.token_ids.ids)
-            _check_vocabulary(ids, engine.vocab_size, where)
+            _check_vocabulary(ids, engine.tokenizer.vocab_size, where)
         case _:
             raise InvalidRequest("required: set text or token_ids", field=path)
     if not ids:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer_server.dictionary.edits import activation_change, coefficients
+from steer_server.dictionary.edits import edit_delta
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import InvalidRequest
 from steer_server.generation import (
@@ -20,13 +20,15 @@ from steer_server.generation import (
     RevisionApplied,
     StepOutput,
 )
-from steer_server.program import FeatureEdit, Program, ReadOut
+from steer_server.program import Program, ReadOut
 
 VOCAB = 128
 
 
 class CharTokenizer:
     """One token per ASCII character."""
+
+    vocab_size = VOCAB
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) % VOCAB for character in text]
@@ -50,7 +52,6 @@ class FakeEngine:
     """Generates greedily, one token per step, from a fixed random map of the edited x."""
 
     model_id = "fake"
-    vocab_size = VOCAB
 
     def __init__(self, d_model: int, max_model_len: int = 64) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -140,24 +141,17 @@ class FakeEngine:
     def _edited(self, state: _Running, x: Tensor, positions: Sequence[int]) -> Tensor:
         edited = x.clone()
         for index, entry in enumerate(state.programs[state.revision].edits):
-            delta, changed = self._delta(entry, x)
+            delta = edit_delta(self._dictionaries[entry.dictionary].dictionary, x, [entry.edit])
             count = state.counts.setdefault((state.revision, index), [0, 0, 0.0, 0.0])
             for row, position in enumerate(positions):
                 if entry.scope.holds(position, len(state.generation.prompt_token_ids)):
                     size = float(delta[row].norm() / x[row].norm())
                     edited[row] += delta[row]
                     count[0] += 1
-                    count[1] += bool(changed[row])
+                    count[1] += bool(delta[row].any())
                     count[2] += size
                     count[3] = max(count[3], size)
         return edited
-
-    def _delta(self, entry: FeatureEdit, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self._dictionaries[entry.dictionary].dictionary.rows
-        rows = rows.take(torch.tensor([entry.edit.feature]))
-        table = [torch.tensor([number]) for number in coefficients(entry.edit)]
-        change = activation_change(x, rows, *table)
-        return change @ rows.decoder, change[:, 0] != 0
 
     def _rows(self, state: _Running, x: Tensor, positions: Sequence[int]):
         prompt_length = len(state.generation.prompt_token_ids)

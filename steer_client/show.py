@@ -1,0 +1,119 @@
+"""What the `steer` command prints."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from steer.v1 import activations_pb2, dictionaries_pb2, steering_pb2
+
+from steer_client.client import GenerationEvent
+from steer_client.rows import rows
+
+
+class Json:
+    """One JSON object per line, with the proto's field names."""
+
+    def dictionaries(self, entries: Iterable[dictionaries_pb2.Dictionary]) -> None:
+        for entry in entries:
+            self._print("", entry)
+
+    def feature(self, feature: dictionaries_pb2.Feature) -> None:
+        self._print("", feature)
+
+    def encoded(self, response: activations_pb2.EncodeResponse) -> None:
+        self._print("", response)
+
+    def event(self, event: GenerationEvent) -> None:
+        self._print(type(event).__name__.lower(), event)
+
+    def _print(self, name: str, message: Message) -> None:
+        content = MessageToDict(
+            message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        print(json.dumps({name: content} if name else content, ensure_ascii=False), flush=True)
+
+
+class Plain:
+    """Lines for people: results on stdout, what is said about them on stderr."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._edits: Sequence[str] = ()
+
+    def dictionaries(self, entries: Sequence[dictionaries_pb2.Dictionary]) -> None:
+        for entry in entries:
+            print(
+                f"{entry.name}  {entry.site}  {entry.n_features} features of {entry.d_model}  "
+                f"{entry.architecture}  {entry.labelled_features} labelled  {entry.model_id}  "
+                f"sha256 {entry.sha256[:12]}"
+            )
+            if entry.HasField("quality"):
+                quality = entry.quality
+                print(
+                    f"  L0 {quality.l0:.3g}, FVU {quality.fvu:.3g} (PCA {quality.pca_fvu:.3g}), "
+                    f"delta CE {quality.delta_ce:.3g} nats, {quality.dead_share:.1%} dead, "
+                    f"on {quality.tokens} tokens"
+                )
+        if not entries:
+            print("no dictionary is resident", file=sys.stderr)
+
+    def feature(self, feature: dictionaries_pb2.Feature) -> None:
+        print(f"{feature.dictionary}:{feature.index}  {feature.label or '(no label)'}")
+        print(
+            f"  active on {feature.density:.3%} of tokens, mean {feature.mean_activation:.4g}, "
+            f"max {feature.max_activation:.4g}"
+        )
+        for title, effects in (("raises", feature.logits_up), ("lowers", feature.logits_down)):
+            if effects:
+                shown = "  ".join(f"{entry.token!r} {entry.effect:+.3g}" for entry in effects)
+                print(f"  {title}: {shown}")
+        for example in feature.examples:
+            strongest = max(example.activations, default=0.0)
+            marked = (
+                f"[{token}]" if value and value == strongest else token
+                for token, value in zip(example.tokens, example.activations, strict=True)
+            )
+            print(f"  {strongest:8.4g}  {''.join(marked)!r}")
+
+    def encoded(self, response: activations_pb2.EncodeResponse) -> None:
+        self._pieces += response.tokens.pieces
+        for activations in response.activations:
+            self._rows(activations)
+
+    def event(self, event: GenerationEvent) -> None:
+        match event:
+            case steering_pb2.Started():
+                self._pieces += event.prompt.pieces
+                self._edits = [f"{edit.dictionary}:{edit.feature}" for edit in event.edits]
+            case steering_pb2.Tokens():
+                print(event.text, end="", flush=True)
+                for activations in event.activations:
+                    self._rows(activations, sys.stderr)
+            case _:
+                self._finished(event)
+
+    def _finished(self, event: steering_pb2.Finished) -> None:
+        print(flush=True)
+        usage = event.usage
+        reason = steering_pb2.FinishReason.Name(event.reason).removeprefix("FINISH_REASON_")
+        print(
+            f"{reason.lower()}: {usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), "
+            f"{usage.generated_tokens} generated",
+            file=sys.stderr,
+        )
+        for report in event.edit_reports:
+            print(
+                f"{self._edits[report.edit]} changed {report.tokens_changed} of "
+                f"{report.tokens_in_scope} tokens, by {report.mean_relative_size:.3g} |x| on average, "
+                f"{report.max_relative_size:.3g} at most",
+                file=sys.stderr,
+            )
+
+    def _rows(self, activations: activations_pb2.SparseActivations, file=None) -> None:
+        for row in rows(activations):
+            known = row.position < len(self._pieces)
+            piece = repr(self._pieces[row.position]) if known else "(generated)"
+            shown = "  ".join(f"{feature}={value:.4g}" for feature, value in row.features)
+            print(f"{row.position:5d}  {piece:16}  {shown}", file=file)

@@ -1,0 +1,283 @@
+"""Generations and encodings over the wire."""
+
+import asyncio
+
+import grpc
+import numpy as np
+import pytest
+from steer.v1 import activations_pb2, edits_pb2, steering_pb2, steering_pb2_grpc
+
+from steer_client import ablate, add, clamp, read, read_top, rows, scale
+from steer_server.api import events
+from steer_server.dictionary.edits import AddRelative
+from steer_server.generation import ActivationRows, StepOutput
+from tests.unit.serving import INPUT_SCALE, NAME, Serving, collect, serving, small_dictionary
+
+PROMPT = "hello"
+
+
+def request(**fields) -> steering_pb2.GenerateStreamRequest:
+    generation = steering_pb2.Generation(**fields)
+    if not generation.HasField("prompt"):
+        generation.prompt.text = PROMPT
+    return steering_pb2.GenerateStreamRequest(generation=generation)
+
+
+@pytest.fixture(scope="module")
+async def running():
+    async with serving() as service:
+        yield service
+
+
+async def generate(service: Serving, **fields) -> list[steering_pb2.GenerateStreamResponse]:
+    return await collect(service.steering.GenerateStream(request(**fields)))
+
+
+def ids(responses) -> list[int]:
+    return [token for response in responses for token in response.tokens.ids]
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_generation_starts_streams_tokens_and_finishes(running: Serving):
+    responses = await generate(running, sampling={"max_tokens": 3})
+
+    kinds = [response.WhichOneof("event") for response in responses]
+    assert kinds == ["started", "tokens", "tokens", "tokens", "finished"]
+    assert list(responses[0].started.prompt.pieces) == list(PROMPT)
+    assert [response.tokens.first_index for response in responses[1:-1]] == [0, 1, 2]
+    finished = responses[-1].finished
+    assert finished.reason == steering_pb2.FINISH_REASON_LENGTH
+    assert (finished.usage.prompt_tokens, finished.usage.generated_tokens) == (5, 3)
+
+
+async def test_max_tokens_is_cut_to_what_the_context_leaves(running: Serving):
+    responses = await generate(running, sampling={"max_tokens": 1000})
+
+    assert responses[0].started.max_tokens == 64 - 5
+    assert len(ids(responses)) == 64 - 5
+
+
+async def test_logprobs_come_only_if_asked_for(running: Serving):
+    plain = await generate(running, sampling={"max_tokens": 2})
+    asked = await generate(running, sampling={"max_tokens": 2, "logprobs": True})
+
+    assert not any(response.tokens.logprobs for response in plain)
+    assert [len(response.tokens.logprobs) for response in asked[1:-1]] == [1, 1]
+
+
+async def test_units_are_resolved_to_activations_and_echoed(running: Serving):
+    edits = [
+        clamp((NAME, 2), 2, "max"),
+        add((NAME, 3), 4, "row"),
+        add((NAME, 4), 0.5, "norm"),
+        clamp((NAME, 5), 1.5),
+        scale((NAME, 6), 3),
+        ablate((NAME, 7)),
+    ]
+
+    started = (await generate(running, edits=edits))[0].started
+
+    assert started.edits[0].clamp.value == pytest.approx(2 * 3.0)
+    assert started.edits[1].add.value == pytest.approx(4 * INPUT_SCALE)
+    assert started.edits[2].add == edits_pb2.Add(value=0.5, unit=edits_pb2.UNIT_RELATIVE_NORM)
+    assert started.edits[3].clamp.value == 1.5
+    assert started.edits[4].scale.factor == 3
+    assert started.edits[5].WhichOneof("kind") == "ablate"
+    assert started.edits[0].clamp.unit == edits_pb2.UNIT_ACTIVATION
+    assert list(started.edits[0].scope.phases) == [1, 2]
+    assert list(started.edits[0].scope.exclude_positions.positions) == [0]
+
+
+async def test_a_decoder_coefficient_moves_x_by_that_multiple_of_the_stored_row(running: Serving):
+    edits = [add((NAME, 3), 4, "row")]
+
+    responses = await generate(running, edits=edits, sampling={"max_tokens": 1})
+
+    stored = small_dictionary().dictionary
+    value = responses[0].started.edits[0].add.value
+    moved = value * stored.rows.decoder[3]
+    assert moved.tolist() == pytest.approx((4 * stored.W_dec[3]).tolist())
+
+
+async def test_an_explicitly_empty_exclusion_reaches_position_0(running: Serving):
+    edits = [scale((NAME, 1), 2, exclude=[])]
+
+    responses = await generate(running, edits=edits, sampling={"max_tokens": 1})
+
+    assert not responses[0].started.edits[0].scope.exclude_positions.positions
+    assert responses[-1].finished.edit_reports[0].tokens_in_scope == 5
+
+
+async def test_edits_change_the_output_and_report_what_they_did(running: Serving):
+    plain = await generate(running)
+    edited = await generate(running, edits=[add((NAME, 2), 3, "norm")])
+
+    assert ids(plain) != ids(edited)
+    report = edited[-1].finished.edit_reports[0]
+    assert report.tokens_in_scope == report.tokens_changed == 4 + 63 - 5
+    assert report.mean_relative_size == pytest.approx(3)
+
+
+async def test_read_outs_keep_their_indices_and_hold_the_dictionarys_activations(
+    running: Serving,
+):
+    read_outs = [read(NAME, [5, 3]), read_top(NAME, 4, only=["generated"])]
+
+    responses = await generate(running, read_outs=read_outs, sampling={"max_tokens": 3})
+
+    seen = [part for response in responses for part in response.tokens.activations]
+    assert [(part.read_out, list(part.position)) for part in seen] == [
+        (0, [0, 1, 2, 3, 4]),
+        (0, [5]),
+        (1, [5]),
+        (0, [6]),
+        (1, [6]),
+    ]
+    x = running.engine.computed[-2][1]
+    f = small_dictionary().dictionary.encode(x)[0]
+    row = next(rows(seen[2]))
+    assert row.active == int((f != 0).sum())
+    assert dict(row.features) == pytest.approx({i: float(f[i]) for i, _ in row.features})
+
+
+async def test_encode_returns_tokens_then_every_row(running: Serving):
+    wanted = activations_pb2.EncodeRequest(prompt={"text": PROMPT}, read_outs=[read_top(NAME, 3)])
+
+    responses = await collect(running.activations.Encode(wanted))
+
+    assert list(responses[0].tokens.pieces) == list(PROMPT)
+    assert [list(part.position) for part in responses[1].activations] == [[0, 1, 2, 3, 4]]
+    assert len(responses) == 2
+
+
+async def test_encode_computes_rows_that_the_prefix_cache_holds():
+    async with serving() as service:
+        service.engine.cached_tokens = 4
+        wanted = activations_pb2.EncodeRequest(
+            prompt={"text": PROMPT}, read_outs=[read_top(NAME, 3)]
+        )
+
+        responses = await collect(service.activations.Encode(wanted))
+
+    assert list(responses[1].activations[0].position) == [0, 1, 2, 3, 4]
+
+
+async def test_token_ids_are_taken_as_they_are(running: Serving):
+    responses = await generate(running, prompt={"token_ids": {"ids": [1, 2, 3]}})
+
+    assert list(responses[0].started.prompt.ids) == [1, 2, 3]
+
+
+async def test_cancelling_the_call_aborts_the_generation():
+    async with serving() as service:
+        service.engine.steps = asyncio.Semaphore(2)
+        call = service.steering.GenerateStream(request())
+        await call.read()
+        await call.read()
+        assert len(service.engine.running) == 1
+
+        call.cancel()
+        await until(lambda: not service.engine.running)
+
+        assert len(service.engine.aborted) == 1
+        assert service.metric("steer_requests_total", finish_reason="abort") == 1
+        labels = {"grpc_method": "GenerateStream", "grpc_code": "CANCELLED"}
+        assert service.metric("grpc_server_handled_total", **labels) == 1
+
+
+async def test_a_deadline_aborts_the_generation():
+    async with serving() as service:
+        service.engine.steps = asyncio.Semaphore(1)
+        call = service.steering.GenerateStream(request(), timeout=0.3)
+        with pytest.raises(Exception, match="Deadline"):
+            await collect(call)
+
+        await until(lambda: service.engine.aborted)
+
+        labels = {"grpc_method": "GenerateStream", "grpc_code": "DEADLINE_EXCEEDED"}
+        await until(lambda: service.metric("grpc_server_handled_total", **labels) == 1)
+
+
+async def test_a_client_that_stops_reading_stops_the_engine_and_can_still_cancel():
+    small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 14))
+    async with (
+        serving() as service,
+        grpc.aio.insecure_channel(service.target, options=small_window) as channel,
+    ):
+        service.engine.max_model_len = 100_000
+        wide = request(read_outs=[read(NAME, range(32))] * 8, sampling={"max_tokens": 90_000})
+        call = steering_pb2_grpc.SteeringServiceStub(channel).GenerateStream(wide)
+        await call.read()
+        counts = [0]
+        async with asyncio.timeout(5):
+            while len(counts) < 5 or counts[-1] != counts[-3]:
+                await asyncio.sleep(0.05)
+                counts.append(len(service.engine.computed))
+
+        call.cancel()
+        await until(lambda: service.engine.aborted)
+
+    assert 0 < counts[-1] < 5000, "the engine stopped, although it had 90,000 tokens to go"
+
+
+async def test_a_slow_reader_gets_everything_in_merged_messages():
+    async with serving() as service:
+        expected = ids(await generate(service))
+        service.engine.merge = 7
+
+        responses = await generate(service, read_outs=[read(NAME, [5])])
+
+    assert ids(responses) == expected
+    positions = [p for r in responses for part in r.tokens.activations for p in part.position]
+    assert positions == list(range(63))
+
+
+def activation_rows(n_rows: int, per_row: int) -> ActivationRows:
+    return ActivationRows(
+        0,
+        NAME,
+        np.arange(n_rows, dtype=np.uint32),
+        np.arange(n_rows + 1, dtype=np.uint32) * per_row,
+        np.arange(n_rows * per_row, dtype=np.uint32),
+        np.ones(n_rows * per_row, np.float32),
+        np.full(n_rows, 9, np.uint32),
+    )
+
+
+@pytest.mark.parametrize(("n_rows", "per_row"), [(1, 0), (3, 2), (70_000, 0), (5000, 128)])
+def test_rows_are_cut_into_messages_that_fit_and_lose_nothing(n_rows: int, per_row: int):
+    given = activation_rows(n_rows, per_row)
+    output = StepOutput(4, (1,), "x", activations=(given, given))
+
+    messages = list(events.tokens(output))
+
+    parts = [part for message in messages for part in message.activations]
+    assert [p for part in parts for p in part.position] == [*range(n_rows)] * 2
+    assert [v for part in parts for v in part.feature] == [*range(n_rows * per_row)] * 2
+    assert all(part.row_splits[-1] == len(part.feature) for part in parts)
+    assert all(len(part.active) == len(part.position) for part in parts)
+    assert max(message.ByteSize() for message in messages) < 2 << 20
+    assert [list(message.ids) for message in messages][-1] == [1]
+    assert sum(len(message.ids) for message in messages) == 1
+
+
+async def test_a_relative_addition_is_one_in_the_engine(running: Serving):
+    seen = []
+    begin = running.engine.generate
+
+    def recording(generation):
+        seen.append(generation.program.edits[0].edit)
+        return begin(generation)
+
+    running.engine.generate = recording
+    try:
+        await generate(running, edits=[add((NAME, 2), 0.5, "norm")], sampling={"max_tokens": 1})
+    finally:
+        del running.engine.generate
+
+    assert seen == [AddRelative(2, 0.5)]

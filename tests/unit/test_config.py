@@ -1,0 +1,295 @@
+"""Settings from file, environment and flags; start-up and its failures; the registry."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from steer.v1 import steering_pb2
+
+from steer_client import CallFailed, SteerClient
+from steer_server.__main__ import _until_signal, load_registry, resolve_watch, serve
+from steer_server.config import DictionarySource, ServerConfig, parser, resolve
+from steer_server.dictionary.site import Site
+from steer_server.errors import DictionaryNotFound, EditNotApplied, EngineUnavailable, InvalidConfig
+from steer_server.registry import Registry
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.serving import D_MODEL, NAME, NEVER_FIRED, serving, small_dictionary
+
+
+def settings(*arguments: str, environ: dict[str, str] | None = None) -> ServerConfig:
+    return resolve(vars(parser().parse_args(arguments)), environ or {})
+
+
+def test_a_model_is_all_that_must_be_said():
+    config = settings("--model", "m")
+
+    assert config == ServerConfig(model="m")
+    assert (config.port, config.metrics_port, config.host) == (50051, 9464, "127.0.0.1")
+
+
+def test_every_flag_reaches_its_setting():
+    config = settings(
+        *("--model", "m", "--dictionary", "a=/x", "--dictionary", "/y", "--site", "mlp_out.3"),
+        *("--watch", "a:7", "--host", "::", "--port", "0", "--metrics-host", "::1"),
+        *("--metrics-port", "1", "--max-model-len", "128", "--max-num-seqs", "2"),
+        *("--dtype", "float32", "--enforce-eager", "--kv-cache-gib", "3", "--drain-seconds", "0"),
+    )
+
+    assert config == ServerConfig(
+        model="m",
+        dictionaries=(DictionarySource(Path("/x"), "a"), DictionarySource(Path("/y"))),
+        sites=(Site("mlp_out", 3),),
+        watch=(("a", 7),),
+        host="::",
+        port=0,
+        metrics_host="::1",
+        metrics_port=1,
+        max_model_len=128,
+        max_num_seqs=2,
+        dtype="float32",
+        enforce_eager=True,
+        kv_cache_gib=3,
+        drain_seconds=0,
+    )
+
+
+def test_flags_beat_the_environment_which_beats_the_file(tmp_path: Path):
+    file = tmp_path / "steer.toml"
+    file.write_text(
+        'model = "file"\nport = 1\nmetrics_port = 1\nenforce_eager = true\n'
+        'watch = ["a:1"]\n[dictionaries]\na = "/x"\n'
+    )
+    environ = {"STEER_PORT": "2", "STEER_METRICS_PORT": "2", "STEER_DICTIONARIES": "b=/z,/w"}
+
+    config = settings("--config", str(file), "--metrics-port", "3", environ=environ)
+
+    assert (config.model, config.port, config.metrics_port) == ("file", 2, 3)
+    assert config.enforce_eager
+    assert config.watch == (("a", 1),)
+    assert [source.name for source in config.dictionaries] == ["b", ""]
+
+
+def test_a_table_of_dictionaries_names_them(tmp_path: Path):
+    file = tmp_path / "steer.toml"
+    file.write_text('model = "m"\n[dictionaries]\na = "/x"\n')
+
+    config = settings(environ={"STEER_CONFIG": str(file)})
+
+    assert config.dictionaries == (DictionarySource(Path("/x"), "a"),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "said"),
+    [
+        ([], "model", "--model"),
+        (["--port", "70000"], "port", r"'70000'.*0\.\.65535"),
+        (["--port", "x"], "port", "'x'"),
+        (["--max-model-len", "1"], "max_model_len", r"2\.\."),
+        (["--dtype", "int4"], "dtype", "'int4'.*bfloat16"),
+        (["--site", "nowhere.1"], "sites", "resid_post"),
+        (["--watch", "a"], "watch", "DICTIONARY:FEATURE"),
+        (["--watch", "a:1", "--watch", "a:1"], "watch", "twice"),
+        ([f"--watch=a:{i}" for i in range(101)], "watch", "101.*100"),
+        (["--dictionary", "a="], "dictionaries", "NAME=FOLDER"),
+        (["--dictionary", "=x"], "dictionaries", "NAME=FOLDER"),
+        (["--dictionary", "a=x", "--dictionary", "a=y"], "dictionaries", "'a' names two"),
+        (["--config", "/nowhere"], "config", "/nowhere"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_came_and_what_may(arguments, key: str, said: str):
+    model = [] if key == "model" else ["--model", "m"]
+
+    with pytest.raises(InvalidConfig, match=said) as caught:
+        settings(*model, *arguments)
+
+    assert caught.value.field == key
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [("prot = 1", "prot"), ("port = true", "port"), ("watch = 3", "watch"), ("model = 3", "model")],
+)
+def test_a_wrong_line_of_the_file_is_named(tmp_path: Path, line: str, key: str):
+    file = tmp_path / "steer.toml"
+    file.write_text(line)
+
+    with pytest.raises(InvalidConfig) as caught:
+        settings("--config", str(file), *([] if key == "model" else ["--model", "m"]))
+
+    assert caught.value.field == key
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "steer_server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_command_checks_its_configuration_and_exits():
+    good = run("--model", "m", "--watch", "a:1", "--check-config")
+    bad = run("--model", "m", "--port", "-1")
+
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "port = 50051" in good.stdout
+    assert "a" in good.stdout.split("watch = ")[1].splitlines()[0]
+    assert bad.returncode == 1
+    assert bad.stderr == "steer-server: port: '-1' is not a whole number in 0..65535\n"
+
+
+def test_the_command_refuses_a_folder_that_is_no_dictionary(tmp_path: Path):
+    refused = run("--model", "m", "--dictionary", str(tmp_path))
+
+    assert refused.returncode == 1
+    assert "not a dictionary folder" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_dictionaries_are_loaded_under_the_name_given_or_their_cards():
+    folder = small_dictionary().folder
+    sources = (DictionarySource(folder), DictionarySource(folder, "other"))
+
+    registry = load_registry(ServerConfig("m", sources))
+
+    assert registry.names == ["other", NAME]
+    assert registry.get("other").sha256 == small_dictionary().sha256
+
+
+@pytest.mark.parametrize("name", ["", "A", "-a", "a/b", "a" * 65, "a\n"])
+def test_a_name_that_is_none_is_refused(name: str):
+    with pytest.raises(InvalidConfig, match="cannot name"):
+        Registry().add(name, small_dictionary())
+
+
+def test_an_unknown_dictionary_is_answered_with_those_there_are():
+    registry = Registry()
+    registry.add("a", small_dictionary())
+    with pytest.raises(InvalidConfig, match="two dictionaries"):
+        registry.add("a", small_dictionary())
+
+    with pytest.raises(DictionaryNotFound, match="there are: a") as caught:
+        registry.get("b", field="x.y")
+
+    assert (caught.value.field, caught.value.name) == ("x.y", "b")
+
+
+def test_watched_features_must_exist():
+    registry = Registry()
+    registry.add(NAME, small_dictionary())
+
+    assert resolve_watch(((NAME, 1), (NAME, NEVER_FIRED)), registry) == {NAME: [1, NEVER_FIRED]}
+    for wrong in ((NAME, 32), ("other", 0)):
+        with pytest.raises(InvalidConfig) as caught:
+            resolve_watch((wrong,), registry)
+        assert caught.value.field == "watch"
+
+
+class Lines:
+    """What `serve` prints, as it comes."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    async def containing(self, text: str) -> str:
+        seen = ""
+        async with asyncio.timeout(5):
+            while text not in seen:
+                await asyncio.sleep(0.01)
+                seen += self._capsys.readouterr().out
+        return seen
+
+
+async def start_fake(config: ServerConfig, registry: Registry) -> FakeEngine:
+    engine = FakeEngine(D_MODEL)
+    for name, stored in registry:
+        await engine.add_dictionary(name, stored)
+    return engine
+
+
+async def test_the_server_starts_serves_and_ends_with_a_signal(capsys):
+    sources = (DictionarySource(small_dictionary().folder),)
+    config = ServerConfig("m", sources, port=0, metrics_port=0, watch=((NAME, 3),))
+    running = asyncio.ensure_future(serve(config, start_fake))
+    line = await Lines(capsys).containing("serving")
+    target, metrics = re.findall(r"127\.0\.0\.1:[0-9]+", line)
+
+    async with SteerClient(target) as client:
+        events = [event async for event in client.generate("hello", max_tokens=2)]
+    page = await asyncio.to_thread(
+        lambda: urllib.request.urlopen(f"http://{metrics}/metrics").read()
+    )
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(running, 5)
+    reset_signals()
+
+    assert len(events) == 4
+    assert b'steer_tokens_total{phase="generated",steered="0"} 2.0' in page
+    assert line.startswith("steer 0.1.0 serving m on ")
+    async with SteerClient(target) as client:
+        with pytest.raises(CallFailed):
+            await client.dictionaries()
+
+
+async def test_an_engine_that_does_not_start_ends_the_server():
+    async def start(config: ServerConfig, registry: Registry):
+        raise EditNotApplied("self-test: an edit did not reach the output")
+
+    with pytest.raises(EditNotApplied):
+        await serve(ServerConfig("m", port=0, metrics_port=0), start)
+
+
+async def test_a_taken_metrics_port_is_an_error_that_names_it():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = ServerConfig("m", port=0, metrics_port=taken.getsockname()[1])
+
+        with pytest.raises(InvalidConfig) as caught:
+            await serve(config, start_fake)
+
+    assert caught.value.field == "metrics_port"
+
+
+async def test_a_signal_drains_and_a_second_one_does_not_wait():
+    async with serving() as service:
+        service.engine.steps = asyncio.Semaphore(0)
+        session = service.steering.GenerateStream(started())
+        await session.read()
+        waiting = asyncio.ensure_future(_until_signal(service.server, service.engine, 60))
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(waiting, 2)
+
+    reset_signals()
+
+
+async def test_a_dead_engine_ends_the_server():
+    async with serving() as service:
+        waiting = asyncio.ensure_future(_until_signal(service.server, service.engine, 60))
+        await asyncio.sleep(0.05)
+        service.engine.alive = False
+
+        with pytest.raises(EngineUnavailable, match="died"):
+            await asyncio.wait_for(waiting, 3)
+
+    reset_signals()
+
+
+def reset_signals() -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+
+
+def started():
+    generation = steering_pb2.Generation(prompt={"text": "hello"})
+    return steering_pb2.GenerateStreamRequest(generation=generation)
