@@ -91,6 +91,9 @@ class Plain:
                 print(event.text, end="", flush=True)
                 for activations in event.activations:
                     self._rows(activations, sys.stderr)
+                # The text of a message with several tokens cannot be told apart.
+                one = len(event.ids) == 1
+                self._pieces += [event.text] if one else ["(generated)"] * len(event.ids)
             case _:
                 self._finished(event)
 
@@ -113,7 +116,5 @@ class Plain:
 
     def _rows(self, activations: activations_pb2.SparseActivations, file=None) -> None:
         for row in rows(activations):
-            known = row.position < len(self._pieces)
-            piece = repr(self._pieces[row.position]) if known else "(generated)"
             shown = "  ".join(f"{feature}={value:.4g}" for feature, value in row.features)
-            print(f"{row.position:5d}  {piece:16}  {shown}", file=file)
+            print(f"{row.position:5d}  {self._pieces[row.position]!r:16}  {shown}", file=file)

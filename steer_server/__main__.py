@@ -12,7 +12,7 @@ import uvloop
 
 from steer_server import __version__
 from steer_server.api.generations import Generations
-from steer_server.api.server import Server
+from steer_server.api.server import Server, address
 from steer_server.config import ServerConfig, parser, resolve
 from steer_server.errors import EngineUnavailable, InvalidConfig, SteerError
 from steer_server.generation import Engine
@@ -82,8 +82,8 @@ async def serve(
         await server.start(Generations(engine, registry, metrics, watch))
         await server.open()
         print(
-            f"steer {__version__} serving {config.model} on {config.host}:{port}, "
-            f"metrics on {config.metrics_host}:{scraped.server_port}/metrics",
+            f"steer {__version__} serving {config.model} on {address(config.host, port)}, "
+            f"metrics on {address(config.metrics_host, scraped.server_port)}/metrics",
             flush=True,
         )
         await _until_signal(server, engine, config.drain_seconds)

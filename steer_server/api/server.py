@@ -46,6 +46,11 @@ _OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
+def address(host: str, port: int) -> str:
+    """Both as one text; IPv6 needs brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Server:
     """Binds early, so that a taken port is known before a model is loaded; serves when started."""
 
@@ -58,12 +63,11 @@ class Server:
 
     def bind(self, host: str, port: int) -> int:
         """The port, which the system chooses for 0."""
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            return self._server.add_insecure_port(address)
+            return self._server.add_insecure_port(address(host, port))
         except RuntimeError as error:
             raise InvalidConfig(
-                f"cannot listen on {address}; is it taken?", field="port"
+                f"cannot listen on {address(host, port)}; is it taken?", field="port"
             ) from error
 
     async def start(self, generations: Generations) -> None:

@@ -19,6 +19,7 @@ from steer_server.generation import (
     Generation,
     RevisionApplied,
     StepOutput,
+    Tokenizer,
 )
 from steer_server.program import Program, ReadOut
 
@@ -56,7 +57,7 @@ class FakeEngine:
     def __init__(self, d_model: int, max_model_len: int = 64) -> None:
         generator = torch.Generator().manual_seed(7)
         self.max_model_len = max_model_len
-        self.tokenizer = CharTokenizer()
+        self.tokenizer: Tokenizer = CharTokenizer()
         self.alive = True
         self.cached_tokens = 0
         """Prompt tokens that the pretended prefix cache holds."""

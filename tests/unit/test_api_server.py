@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from steer.v1 import dictionaries_pb2, steering_pb2
 
 from steer_client import CallFailed
-from steer_server.api.server import SERVICES, Server
+from steer_server.api.server import SERVICES, Server, address
 from steer_server.errors import InvalidConfig
 from steer_server.metrics import Metrics
 from tests.unit.serving import NAME, Serving, collect, serving, small_dictionary
@@ -165,6 +165,19 @@ async def test_a_taken_port_is_an_error_that_names_it():
             server.bind("127.0.0.1", taken.getsockname()[1])
 
     assert caught.value.field == "port"
+
+
+async def test_two_servers_never_share_a_port():
+    first, second = (Server(Metrics("fake", [], {})) for _ in range(2))
+    port = first.bind("127.0.0.1", 0)
+
+    with pytest.raises(InvalidConfig, match=str(port)):
+        second.bind("127.0.0.1", port)
+
+
+def test_an_ipv6_address_is_written_in_brackets():
+    assert address("::", 1) == "[::]:1"
+    assert address("0.0.0.0", 1) == "0.0.0.0:1"
 
 
 async def test_dictionaries_are_listed_with_what_their_card_says():

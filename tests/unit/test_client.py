@@ -148,6 +148,8 @@ async def test_the_command_prints_for_people(running: Serving):
     assert "raises: ' Mary' +1.5" in shown[1]
     assert [line.split()[:2] for line in encoded[1].splitlines()] == [["0", "'h'"], ["1", "'i'"]]
     assert len(generated[1]) >= 4
+    assert [line.split()[0] for line in generated[2].splitlines()[:7]] == list("0123456")
+    assert generated[2].splitlines()[5].split()[1] == repr(generated[1][0])
     assert "length: 5 prompt tokens (0 cached), 3 generated" in generated[2]
     assert "small:3 changed 6 of 6 tokens, by 1 |x| on average" in generated[2]
 
