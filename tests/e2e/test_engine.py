@@ -74,7 +74,10 @@ async def test_steered_neighbours_leave_plain_requests_bit_identical(engine: Vll
     async def batch(edits: Sequence[Edit]) -> list[Outcome]:
         programs = [Program(), program(edits), Program(), program(edits)]
         return await asyncio.gather(
-            *(run(engine, f"n{i}", p, q) for i, (p, q) in enumerate(zip(prompts, programs, strict=True)))
+            *(
+                run(engine, f"n{i}", p, q)
+                for i, (p, q) in enumerate(zip(prompts, programs, strict=True))
+            )
         )
 
     plain, steered = await batch(()), await batch((AddRelative(9, 0.5), Clamp(3, 40.0)))

@@ -67,6 +67,8 @@ class FakeEngine:
         """Raised in place of the second output."""
         self.steps: asyncio.Semaphore | None = None
         """If set, each step takes one."""
+        self.replies: asyncio.Semaphore | None = None
+        """If set, each update takes one before it returns, although it holds."""
         self.running: dict[str, _Running] = {}
         self.finished: list[str] = []
         self.aborted: list[str] = []
@@ -90,7 +92,10 @@ class FakeEngine:
         if state is None or not state.generation.live:
             raise InvalidRequest(f"generation {request_id} is not live or has ended")
         state.programs.append(program)
-        return len(state.programs) - 1
+        revision = len(state.programs) - 1
+        if self.replies:
+            await self.replies.acquire()
+        return revision
 
     async def generate(self, generation: Generation) -> AsyncGenerator[StepOutput, None]:
         state = _Running(generation, [generation.program])

@@ -125,6 +125,25 @@ async def test_updates_that_come_together_are_each_answered_once(service, sessio
     assert service.metric("steer_live_update_latency_seconds_count") == 3
 
 
+async def test_an_update_that_outlives_its_turn_is_still_answered(service, session):
+    service.engine.replies = asyncio.Semaphore(0)
+    events = Reader(session)
+    await session.start("hello", max_tokens=2)
+    step(service)
+    await events.until("Tokens")
+    await session.update(FIRST)
+    await until(lambda: programs(service) == 2)
+    step(service)
+    await until(lambda: len(service.engine.computed) == 2)
+    service.engine.replies.release()
+
+    after = await events.until("Finished")
+
+    assert [kind(event) for event in after] == ["UpdateApplied", "Tokens", "Finished"]
+    assert after[-1].edit_reports[0].tokens_changed == 1
+    assert service.metric("steer_edit_tokens_total", op="add") == 1
+
+
 @pytest.mark.parametrize(
     ("edits", "code", "field", "reason"),
     [

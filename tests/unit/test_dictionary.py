@@ -107,7 +107,9 @@ def test_ablating_a_direction_projects_it_out(x: Tensor) -> None:
     moved = x + edit_delta(dictionary, x, [Ablate(1)])
 
     assert_close(moved @ vectors[1], torch.zeros(len(x), dtype=x.dtype), atol=1e-9, rtol=0)
-    assert_close(dictionary.encode_features(x, [1])[:, 0], x @ vectors[1] / vectors[1].square().sum())
+    assert_close(
+        dictionary.encode_features(x, [1])[:, 0], x @ vectors[1] / vectors[1].square().sum()
+    )
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,10 @@ def truncate(path: Path) -> None:
         (lambda d: (d / "features.safetensors").unlink(), "lacks features.safetensors"),
         (lambda d: rewrite_weights(d, W_dec=torch.ones(3, 3)), "shape"),
         (lambda d: rewrite_weights(d, b_enc=torch.full((N_FEATURES,), torch.nan)), "not finite"),
-        (lambda d: rewrite_weights(d, W_dec=torch.zeros(N_FEATURES, D_MODEL)), "row of W_dec is zero"),
+        (
+            lambda d: rewrite_weights(d, W_dec=torch.zeros(N_FEATURES, D_MODEL)),
+            "row of W_dec is zero",
+        ),
         (lambda d: rewrite_weights(d, b_enc=torch.ones(N_FEATURES)), "fails its self-test"),
         (lambda d: rewrite_weights(d, W_gate=torch.ones(1)), "no such tensor"),
     ],

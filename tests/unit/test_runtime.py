@@ -141,9 +141,7 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 @settings(max_examples=60)
-@given(
-    asked=st.lists(programs(), min_size=1, max_size=4), chunk=st.integers(1, 5), seed=seeds
-)
+@given(asked=st.lists(programs(), min_size=1, max_size=4), chunk=st.integers(1, 5), seed=seeds)
 def test_each_row_gets_its_own_requests_edits_in_any_packing(
     saved: dict[str, Saved], asked: list[Program], chunk: int, seed: int
 ) -> None:
@@ -223,7 +221,12 @@ def test_read_outs_are_of_the_unedited_vector(runtime: Runtime, saved: dict[str,
     batch.step([("other", 0, 2), ("plain", 0, 2), ("r", 0, 3)])
     batch.step([("r", 3, 1), ("other", 2, 1)])
 
-    rows = {(r.read_out, int(p)): (r, i) for s in batch.results["r"] for r in s.rows for i, p in enumerate(r.positions)}
+    rows = {
+        (r.read_out, int(p)): (r, i)
+        for s in batch.results["r"]
+        for r in s.rows
+        for i, p in enumerate(r.positions)
+    }
     assert sorted(rows) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 3), (2, 0), (2, 1), (2, 2)]
     for (read_out, position), (entry, i) in rows.items():
         name = "abc"[read_out]
