@@ -65,6 +65,8 @@ class Run:
         self._visible = len(request.program.read_outs)
         program = replace(request.program, read_outs=(*request.program.read_outs, *hidden))
         self._programs = {0: program}
+        self._asked = program
+        """Of the last update, whose revision is known only when the engine answers."""
         self._l0_sources = _l0_sources(program.read_outs)
         self._generation = Generation(
             request_id, request.prompt_token_ids, request.sampling, program, live
@@ -78,7 +80,7 @@ class Run:
 
     def edits(self, revision: int) -> tuple[FeatureEdit, ...]:
         """The edits of a revision; 0 is what the generation began with."""
-        return self._programs[revision].edits
+        return self._programs.get(revision, self._asked).edits
 
     async def outputs(self) -> AsyncGenerator[StepOutput, None]:
         """The engine's outputs without the rows that nobody asked for."""
@@ -106,7 +108,7 @@ class Run:
 
     async def update(self, edits: tuple[FeatureEdit, ...]) -> int:
         """Replaces the edits and returns their revision; WrongState if the generation has ended."""
-        program = Program(edits, self._programs[0].read_outs)
+        self._asked = program = Program(edits, self._programs[0].read_outs)
         try:
             revision = await self._engine.update(self.request_id, program)
         except InvalidRequest as error:
