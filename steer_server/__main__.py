@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ def main() -> None:
     try:
         config = resolve(flags)
         if flags.get("check_config"):
-            _print_config(config)
+            print(config.to_toml(), end="")
             return
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         uvloop.run(serve(config))
@@ -38,6 +38,8 @@ def main() -> None:
 
 async def start_engine(config: ServerConfig, registry: Registry) -> Engine:
     """vLLM with the model, the dictionaries resident, and proof that edits reach its output."""
+    # vLLM reads it when it is imported; its INFO would bury what this server says.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # Late: importing vLLM takes seconds, and --help and a wrong key should not.
     from steer_server.engine import EngineSettings, VllmEngine
 
@@ -139,20 +141,6 @@ async def _until_signal(server: Server, engine: Engine, drain_seconds: float) ->
     await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
     for task in (drained, hurried):
         task.cancel()
-
-
-def _print_config(config: ServerConfig) -> None:
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        print(
-            f"{entry.name} = {value!r}"
-            if not isinstance(value, tuple)
-            else _tuple(entry.name, value)
-        )
-
-
-def _tuple(name: str, values: tuple) -> str:
-    return f"{name} = [{', '.join(repr(value) for value in values)}]"
 
 
 if __name__ == "__main__":

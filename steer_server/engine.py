@@ -4,6 +4,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -74,6 +75,7 @@ class VllmEngine:
         self.max_model_len = int(config.max_model_len)
         self.tokenizer: Tokenizer = _Tokenizer(llm.get_tokenizer(), config.get_vocab_size())
         self._llm = llm
+        self._stopped = False
         self._settings = settings
         self._model_config = config.hf_text_config.to_dict()
         self._dictionaries: dict[str, StoredDictionary] = {}
@@ -97,7 +99,7 @@ class VllmEngine:
 
     @property
     def alive(self) -> bool:
-        return self._llm.is_running and not self._llm.errored
+        return not self._stopped and self._llm.is_running and not self._llm.errored
 
     async def add_dictionary(self, name: str, stored: StoredDictionary) -> None:
         check_model(stored.card, self._model_config)
@@ -134,13 +136,14 @@ class VllmEngine:
             self._live[name] = asyncio.Event()
         index = 0
         try:
-            outputs = self._llm.generate(self._prompt(generation), _parameters(generation), name)
-            async for output in outputs:
-                step = _step(output, index, account)
-                index += len(step.token_ids)
-                if generation.live:
-                    self._live[name].set()
-                yield step
+            stream = self._llm.generate(self._prompt(generation), _parameters(generation), name)
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    step = _step(output, index, account)
+                    index += len(step.token_ids)
+                    if generation.live:
+                        self._live[name].set()
+                    yield step
         except EngineDeadError as error:
             raise EngineUnavailable("the engine has died; the server must be restarted") from error
         finally:
@@ -172,7 +175,11 @@ class VllmEngine:
         return (await self._llm.collective_rpc("steer_op_calls"))[0]
 
     async def shutdown(self) -> None:
-        self._llm.shutdown()
+        if not self._stopped:
+            self._stopped = True
+            self._llm.shutdown()
+            # vLLM shuts down once more when it is collected, which must not be at the interpreter's end.
+            del self._llm
 
     def _check(self, program: Program) -> None:
         for entry in (*program.edits, *program.read_outs):
