@@ -57,14 +57,10 @@ class Survey:
         reached = bins.cumsum(dim=1)
         edges = torch.arange(_BINS) + 0.5
         middles = torch.exp2(edges / _BINS_PER_OCTAVE + _LOW_OCTAVE)
-        quantiles = [
-            middles[
-                torch.searchsorted(reached, (count * level).ceil().clamp(min=1).long()[:, None])
-            ]
-            for level in QUANTILES
-        ]
+        wanted = (count[:, None] * torch.tensor(QUANTILES)).ceil().clamp(min=1).long()
+        slots = torch.searchsorted(reached, wanted).clamp(max=_BINS - 1)
+        table = torch.minimum(middles[slots], self.max[:, None])
         fired = count > 0
-        table = torch.minimum(torch.cat(quantiles, dim=1), self.max[:, None])
         return FeatureStatistics(
             density=(count.double() / self.tokens).float(),
             mean=torch.where(fired, self.sum / count.clamp(min=1), 0.0).float(),

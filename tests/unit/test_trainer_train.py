@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steer_server.dictionary.files import load
 from steer_server.dictionary.site import Site
+from tests.unit.trainer_model import tiny_config, write_model
 from trainer import gradient
 from trainer.cli import main
 from trainer.config import TrainConfig
@@ -25,74 +25,15 @@ from trainer.run import evaluate_again, label, run
 from trainer.stop import Stop
 from trainer.train import CHECKPOINT, train
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "house",
-    "and",
-    "then",
-    "it",
-    "was",
-    "old",
-    "red",
-    "big",
-    "small",
-]
-
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 2,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def config(model_folder: Path, tmp_path: Path) -> TrainConfig:
-    generator = torch.Generator().manual_seed(1)
-    with (tmp_path / "text.jsonl").open("w") as file:
-        for _ in range(60):
-            picked = torch.randint(len(WORDS), (90,), generator=generator).tolist()
-            file.write(json.dumps({"text": " ".join(WORDS[word] for word in picked)}) + "\n")
-    return TrainConfig(
-        model=str(model_folder),
-        site="resid_post.1",
-        corpus={str(tmp_path / "text.jsonl"): 1.0},
-        out=str(tmp_path / "out" / "tiny"),
-        tokens=4096,
-        eval_tokens=256,
-        n_features=24,
-        alpha=1e-2,
-        batch=64,
-        epochs=2,
-        context=32,
-        holdout_every=10,
-        activation_dtype="float32",
-    )
+    return tiny_config(model_folder, tmp_path)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

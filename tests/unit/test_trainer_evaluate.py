@@ -1,0 +1,129 @@
+"""What the trainer says of a dictionary: quality, statistics, logit effects."""
+
+
+import pytest
+import torch
+from torch import Tensor
+
+from steer_server.dictionary.dictionary import Dictionary
+from steer_server.dictionary.features import QUANTILES
+from steer_server.dictionary.site import Site
+from tests.unit.trainer_model import write_model
+from trainer.evaluate import describe, evaluate
+from trainer.interpret import Survey, logit_effects
+from trainer.model import load_model, read_site, site_hook
+from trainer.stop import Stop
+
+SITE = Site.parse("resid_post.1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    return load_model(str(write_model(tmp_path_factory.mktemp("model"))))
+
+
+@pytest.fixture
+def contexts() -> Tensor:
+    return torch.randint(2, 20, (6, 32), generator=torch.Generator().manual_seed(3))
+
+
+def identity() -> Dictionary:
+    """ReLU features e_i and -e_i: together they reconstruct everything."""
+    return Dictionary.tied(torch.cat([torch.eye(16), -torch.eye(16)]), torch.zeros(32))
+
+
+def test_a_perfect_dictionary_costs_nothing(model: torch.nn.Module, contexts: Tensor) -> None:
+    quality = evaluate(model, SITE, identity(), contexts, 1, float("inf"), Stop())
+
+    assert quality.delta_ce == pytest.approx(0.0, abs=1e-6)
+    assert quality.fvu == pytest.approx(0.0, abs=1e-9)
+    assert quality.l0 == 16
+    assert quality.pca_fvu == pytest.approx(0.0, abs=1e-9)
+    assert quality.tokens == 6 * 31
+
+
+def test_a_zero_dictionary_costs_what_zeroing_the_site_costs(
+    model: torch.nn.Module, contexts: Tensor
+) -> None:
+    silent = Dictionary.tied(torch.eye(16), torch.full((16,), -1e9))
+
+    def zero(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], dim=1)
+
+    def loss() -> float:
+        with torch.inference_mode():
+            logits = model(input_ids=contexts).logits[:, 1:-1]
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), contexts[:, 2:].flatten()
+        ).item()
+
+    plain = loss()
+    with site_hook(model, SITE, zero):
+        zeroed = loss()
+    quality = evaluate(model, SITE, silent, contexts, 1, float("inf"), Stop())
+
+    assert zeroed != pytest.approx(plain, abs=1e-3)
+    assert quality.delta_ce == pytest.approx(zeroed - plain, abs=1e-5)
+    assert quality.dead_share == 1.0
+    assert quality.l0 == 0.0
+    assert quality.fvu >= 1.0
+
+
+def test_activations_longer_than_the_bound_are_left_as_they_are(
+    model: torch.nn.Module, contexts: Tensor
+) -> None:
+    silent = Dictionary.tied(torch.eye(16), torch.full((16,), -1e9))
+    norms = read_site(model, SITE, contexts)[:, 1:].norm(dim=-1)
+    bound = norms.median().item()
+
+    quality = evaluate(model, SITE, silent, contexts, 1, bound, Stop())
+
+    assert quality.tokens == int((norms <= bound).sum())
+
+
+def test_the_fvu_is_the_share_of_variance_that_is_missing(
+    model: torch.nn.Module, contexts: Tensor
+) -> None:
+    half = Dictionary.tied(torch.cat([torch.eye(16)[:8], -torch.eye(16)[:8]]), torch.zeros(16))
+    x = read_site(model, SITE, contexts)[:, 1:].flatten(0, 1)
+    missing = x[:, 8:].square().sum() / (x - x.mean(dim=0)).square().sum()
+
+    quality = evaluate(model, SITE, half, contexts, 1, float("inf"), Stop())
+
+    assert quality.fvu == pytest.approx(missing.item(), rel=1e-4)
+    assert f"{quality.fvu:.3f}" in describe(quality)
+
+
+def test_statistics_are_those_of_the_non_zero_activations() -> None:
+    survey = Survey(identity())
+    x = torch.randn(900, 16, generator=torch.Generator().manual_seed(0)) * 3
+    for piece in (slice(0, 450), slice(450, 900)):
+        survey.add(x[piece], torch.arange(900)[piece], length=30)
+    statistics = survey.statistics()
+
+    f = x[:, 0][x[:, 0] > 0]
+    expected = torch.quantile(f, torch.tensor(QUANTILES))
+    assert statistics.density[0].item() == pytest.approx(len(f) / 900)
+    assert statistics.mean[0].item() == pytest.approx(f.mean().item(), rel=1e-5)
+    assert statistics.max[0] == f.max()
+    torch.testing.assert_close(statistics.quantiles[0], expected, rtol=0.05, atol=0.02)
+
+
+def test_a_feature_that_never_fired_has_zeros() -> None:
+    survey = Survey(Dictionary.tied(torch.eye(4), torch.full((4,), -1e9)))
+    survey.add(torch.randn(60, 4), torch.arange(60), length=30)
+
+    statistics = survey.statistics()
+
+    assert not any(table.any() for table in statistics)
+
+
+def test_logit_effects_are_those_of_the_norm_and_the_head(model: torch.nn.Module) -> None:
+    direction = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    rms = direction.square().mean(dim=1, keepdim=True).sqrt()
+    inner = model.get_submodule("model.norm").get_parameter("weight")
+    head = model.get_submodule("lm_head").get_parameter("weight")
+
+    effects = logit_effects(model, direction)
+
+    torch.testing.assert_close(effects, (direction / rms * inner) @ head.T, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,61 @@
+"""A tiny random Llama with its tokenizer and a corpus of random words."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trainer.config import TrainConfig
+
+WORDS = "the a cat dog sat ran on under mat house and then it was old red big small"
+
+
+def write_model(folder: Path) -> Path:
+    """Four layers of width 16; embeddings long enough for the layers to matter."""
+    torch.manual_seed(0)
+    words = WORDS.split()
+    config = LlamaConfig(
+        vocab_size=len(words) + 2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_config(model: Path, folder: Path) -> TrainConfig:
+    """Trains in well under a second; its corpus and its `out` are in `folder`."""
+    generator = torch.Generator().manual_seed(1)
+    words = WORDS.split()
+    with (folder / "text.jsonl").open("w") as file:
+        for _ in range(60):
+            picked = torch.randint(len(words), (90,), generator=generator).tolist()
+            file.write(json.dumps({"text": " ".join(words[word] for word in picked)}) + "\n")
+    return TrainConfig(
+        model=str(model),
+        site="resid_post.1",
+        corpus={str(folder / "text.jsonl"): 1.0},
+        out=str(folder / "out" / "tiny"),
+        tokens=4096,
+        eval_tokens=256,
+        n_features=24,
+        alpha=1e-2,
+        batch=64,
+        epochs=2,
+        context=32,
+        holdout_every=10,
+        activation_dtype="float32",
+    )
