@@ -1,6 +1,7 @@
 """The server's settings: from a TOML file, the environment and flags, in rising order of weight."""
 
 import argparse
+import json
 import os
 import re
 import tomllib
@@ -35,6 +36,9 @@ class DictionarySource:
     name: str = ""
     """What requests call it; empty takes the card's name."""
 
+    def __str__(self) -> str:
+        return f"{self.name}={self.folder}" if self.name else str(self.folder)
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -64,6 +68,21 @@ class ServerConfig:
     """Memory of the KV cache on CPU, in GiB; on CUDA vLLM takes its share of the device."""
     drain_seconds: int = 30
     """How long running requests may go on after SIGTERM."""
+
+    def to_toml(self) -> str:
+        """The settings as a file that gives them again."""
+        lists: dict[str, list[str]] = {
+            "dictionaries": [str(source) for source in self.dictionaries],
+            "sites": [str(site) for site in self.sites],
+            "watch": [f"{dictionary}:{feature}" for dictionary, feature in self.watch],
+        }
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)} | lists
+        # A TOML value of these kinds is written as in JSON.
+        return "".join(
+            f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+            for key, value in values.items()
+            if value is not None
+        )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -61,7 +61,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, gate: Gate, metrics: Metrics) -> None:
         self._gate = gate
         self._metrics = metrics
-        self._closing: set[asyncio.Task[None]] = set()
 
     async def intercept_service(
         self,
@@ -95,7 +94,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # It writes through the context, as health's Watch does, and returns nothing.
             return self._unary(behaviour, method, kind)
 
-        async def responses(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator:
+            # grpc does not close a handler that waits in a yield when the client goes away; the
+            # event loop does, as soon as grpc drops it.
             async with (
                 self._call(method, kind, context),
                 aclosing(behaviour(request, context)) as stream,
@@ -103,26 +104,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 async for response in stream:
                     yield response
 
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator:
-            # grpc drops a handler that waits in a yield without closing it; a generation would
-            # run on until the garbage collector came by.
-            stream = responses(request, context)
-            context.add_done_callback(lambda _: self._close(stream))  # pyright: ignore[reportArgumentType]
-            async with aclosing(stream):
-                async for response in stream:
-                    yield response
-
         return call
-
-    def _close(self, stream: AsyncGenerator) -> None:
-        async def close() -> None:
-            # Running: then its task has been cancelled, and closes it.
-            with suppress(RuntimeError):
-                await stream.aclose()
-
-        task = asyncio.ensure_future(close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
 
     @asynccontextmanager
     async def _call(

@@ -22,21 +22,26 @@ REGISTRY.add(NAME, small_dictionary())
 ENGINE = FakeEngine(D_MODEL)
 
 _SCALARS = {
-    FieldDescriptor.CPPTYPE_UINT32: st.sampled_from([0, 1, 5, 31, 32, 64, 2**32 - 1]),
-    FieldDescriptor.CPPTYPE_UINT64: st.sampled_from([0, 1, 2**63, 2**64 - 1]),
-    FieldDescriptor.CPPTYPE_FLOAT: st.floats(width=32) | st.sampled_from([0.5, 1.0]),
+    FieldDescriptor.CPPTYPE_UINT32: st.sampled_from([1, 5, 9, 30, 3, 4, 0, 31, 32, 64, 2**32 - 1]),
+    FieldDescriptor.CPPTYPE_UINT64: st.sampled_from([0, 1, 2, 3, 2**63, 2**64 - 1]),
+    FieldDescriptor.CPPTYPE_FLOAT: st.sampled_from([0.5, 1.0]) | st.floats(width=32),
     FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
-    FieldDescriptor.CPPTYPE_STRING: st.sampled_from(["", NAME, "other", "text", "\x00é"]),
-    FieldDescriptor.CPPTYPE_ENUM: st.sampled_from([0, 1, 2, 3, 4, 9]),
+    FieldDescriptor.CPPTYPE_STRING: st.sampled_from([NAME, NAME, NAME, NAME, "\x00é", "other", ""]),
+    FieldDescriptor.CPPTYPE_ENUM: st.sampled_from([1, 1, 1, 2, 4, 0, 3, 9]),
 }
+# Mostly there; a few at most.
+PRESENCES = st.sampled_from([1, 1, 1, 1, 0])
+COUNTS = st.sampled_from([1, 0, 0, 2])
 
 
 @st.composite
 def messages(draw: st.DrawFn, kind: type[Message]) -> Message:
     """Any message of this kind, with values that tend to be nearly right."""
     message = kind()
-    for field in kind.DESCRIPTOR.fields:
-        for _ in range(draw(st.integers(0, 2 if field.is_repeated else 1))):
+    for field in draw(st.permutations(list(kind.DESCRIPTOR.fields))):
+        if field.containing_oneof and message.WhichOneof(field.containing_oneof.name):
+            continue
+        for _ in range(draw(COUNTS if field.is_repeated else PRESENCES)):
             if field.message_type:
                 value = draw(messages(field.message_type._concrete_class))
                 part = getattr(message, field.name)
