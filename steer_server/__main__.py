@@ -30,6 +30,8 @@ def main() -> None:
             print(config.to_toml(), end="")
             return
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        # Until the server drains on it: without a handler vLLM's processes would outlive this one.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         uvloop.run(serve(config))
     except SteerError as error:
         where = f"{error.field}: " if error.field else ""
