@@ -140,19 +140,22 @@ async def test_draining_lets_a_sessions_turn_end():
     async with serving() as service:
         service.engine.steps = asyncio.Semaphore(1)
         session = service.steering.Session()
-        await session.write(steering_pb2.SessionRequest(start_turn=start()))
+        await session.write(steering_pb2.SessionRequest(start_turn=start(max_tokens=4)))
         await session.read()
         drain = asyncio.ensure_future(service.server.drain(10))
         await asyncio.sleep(0.05)
-        service.engine.steps.release()
-        events = [(await session.read()).WhichOneof("event") for _ in range(3)]
+        events = [(await session.read()).WhichOneof("event")]
+        for _ in range(3):
+            service.engine.steps.release()
+            events.append((await session.read()).WhichOneof("event"))
+        events.append((await session.read()).WhichOneof("event"))
         await asyncio.wait_for(drain, 5)
 
-    assert events == ["tokens", "tokens", "turn_finished"]
+    assert events == ["tokens"] * 4 + ["turn_finished"]
 
 
-def start() -> steering_pb2.StartTurn:
-    return steering_pb2.StartTurn(generation=request().generation)
+def start(max_tokens: int = 2) -> steering_pb2.StartTurn:
+    return steering_pb2.StartTurn(generation=request(max_tokens).generation)
 
 
 async def test_a_taken_port_is_an_error_that_names_it():
