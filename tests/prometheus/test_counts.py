@@ -83,7 +83,7 @@ def test_tokens_that_edits_changed_are_those_of_the_reports_to_the_client(
 
     assert found == seen.changed
     assert set(found) == {"clamp", "add", "ablate", "scale"}
-    assert found["clamp"] > 0
+    assert min(found.values()) > 0
     assert prometheus.value("steer_edit_relative_size_count") == seen.reports
     assert prometheus.value("steer_edit_not_applied_total") == 0
 

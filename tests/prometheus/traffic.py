@@ -73,21 +73,27 @@ class Seen:
 
 
 READ = (read(NAME, WATCHED), read_top(NAME, 8))
-EDITS = (
-    clamp((NAME, 3), 40.0),
-    add((NAME, 9), 0.3, "norm"),
-    ablate((NAME, 45)),
-    scale((NAME, 46), 2.0, only=["generated"]),
-)
+
+
+def edits_for(seen: Seen) -> tuple[edits_pb2.Edit, ...]:
+    """One of each kind; ablate and scale change only what is active, so they get what often is."""
+    first, second = (feature for feature, _ in seen.nonzero.most_common(2))
+    return (
+        clamp((NAME, 3), 40.0),
+        add((NAME, 9), 0.3, "norm"),
+        ablate((NAME, first)),
+        scale((NAME, second), 2.0),
+    )
 
 
 async def run_round(client: SteerClient, seen: Seen) -> None:
     """One of every kind of call."""
     for text in TEXTS:
         await _encode(client, seen, text)
+    edits = edits_for(seen)
     await _generate(client, seen, TEXTS[0], ())
-    await _generate(client, seen, TEXTS[1], EDITS)
-    await _session(client, seen)
+    await _generate(client, seen, TEXTS[1], edits)
+    await _session(client, seen, [edits[:1], edits[1:3]])
     await _refused(client, seen)
 
 
@@ -113,9 +119,10 @@ async def _generate(
     seen.calls["GenerateStream", "OK"] += 1
 
 
-async def _session(client: SteerClient, seen: Seen) -> None:
+async def _session(
+    client: SteerClient, seen: Seen, revisions: Sequence[Sequence[edits_pb2.Edit]]
+) -> None:
     """A turn whose edits are replaced while it runs."""
-    revisions = [EDITS[:1], EDITS[1:3]]
     async with client.session() as session:
         await session.start(
             TEXTS[2],

@@ -144,3 +144,5 @@ def test_the_cuda_image_gets_every_dependency_that_it_lacks() -> None:
     pinned = {package_name(line) for line in lines if "==" in line}
 
     assert {package_name(entry) for entry in needed} - OF_VLLM_IMAGE <= pinned
+    lock = (REPO / "requirements" / "cpu.lock").read_text().splitlines()
+    assert {line.split()[0] for line in lines if "==" in line} <= set(lock)
