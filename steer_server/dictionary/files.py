@@ -76,6 +76,7 @@ def save(
         (fresh / CARD).write_text(card.to_json(), encoding="utf-8")
         fresh.chmod(0o755)
         for path in fresh.iterdir():
+            path.chmod(0o644)
             _fsync(path)
         _swap(fresh, folder)
     except BaseException:

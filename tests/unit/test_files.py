@@ -73,6 +73,7 @@ def test_evidence_and_statistics_come_back(folder: Path) -> None:
     assert stored.card.quality == Quality(100, 3.0, 0.2, 0.1, 0.0, 0.5)
     assert stored.sha256 == stored.card.files["weights.safetensors"]
     assert not (folder / "weights.safetensors").read_bytes().count(b"W_enc")
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
 
 def test_half_precision_is_stored_and_the_self_test_knows(tmp_path: Path) -> None:
