@@ -3,6 +3,7 @@
 import importlib.metadata
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 import numpy as np
@@ -99,7 +100,9 @@ class Metrics:
         # vLLM's own metrics, and the process's.
         merged.register(_Registry(REGISTRY))
         merged.register(_Registry(self.registry))
-        return start_http_server(port, host, merged)[0]
+        server = start_http_server(port, host, merged)[0]
+        server.set_app(_as_text(server.get_app()))
+        return server
 
     def _rpcs(self) -> None:
         labels = ["grpc_type", "grpc_service", "grpc_method"]
@@ -215,6 +218,19 @@ class _Registry(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._registry.collect()
+
+
+def _as_text(app: Any) -> Any:
+    """Answers in the text format whatever the scraper prefers.
+
+    In OpenMetrics prometheus_client turns the colon of vllm:* into an underscore (its issue 1177), and vLLM's
+    own dashboards would be empty.
+    """
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        return app({**environ, "HTTP_ACCEPT": "text/plain"}, start_response)
+
+    return answer
 
 
 def _version(*packages: str) -> str:

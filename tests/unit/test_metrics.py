@@ -175,11 +175,17 @@ def test_a_bulk_histogram_counts_like_one_that_takes_single_values():
     assert values == {"1.0": 2, "2.0": 4, "+Inf": 5, "h_count": 5, "h_sum": 14.0}
 
 
+# What a Prometheus 2.42 sends; with it prometheus_client would answer in OpenMetrics, without colons.
+_ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+
+
 def test_a_scrape_has_our_metrics_and_those_of_the_default_registry():
     theirs = Counter("vllm:made_up", "As vLLM registers its own")
     server = Metrics("fake", [(NAME, small_dictionary())], WATCH).serve("127.0.0.1", 0)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics") as response:
+        url = f"http://127.0.0.1:{server.server_port}/metrics"
+        request = urllib.request.Request(url, headers={"Accept": _ACCEPT})
+        with urllib.request.urlopen(request) as response:
             families = list(text_string_to_metric_families(response.read().decode()))
     finally:
         server.shutdown()

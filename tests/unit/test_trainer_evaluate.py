@@ -1,6 +1,5 @@
 """What the trainer says of a dictionary: quality, statistics, logit effects."""
 
-
 import pytest
 import torch
 from torch import Tensor

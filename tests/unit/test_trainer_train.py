@@ -214,9 +214,9 @@ def test_examples_show_the_activations_of_their_tokens_strongest_first(
     feature, entry = max(stored.evidence.items(), key=lambda item: stored.statistics.max[item[0]])
     peaks = [max(example.activations) for example in entry.examples]
     assert peaks == sorted(peaks, reverse=True)
-    assert peaks[0] == pytest.approx(stored.statistics.max[feature].item(), rel=1e-2)
+    assert peaks[0] == pytest.approx(stored.statistics.max[feature].item(), rel=0.05)
     assert all(len(example.tokens) == len(example.activations) for example in entry.examples)
-    assert len(entry.logits_up) == 6
+    assert len(entry.logits_up) == 3
     assert entry.logits_up[0][1] > 0 > entry.logits_down[0][1]
 
 
