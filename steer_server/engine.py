@@ -5,7 +5,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Self
 
@@ -66,6 +66,16 @@ class EngineSettings:
     block_size: int | None = None
 
 
+@dataclass
+class _Live:
+    """A running generation whose program may be updated."""
+
+    known: bool = False
+    """The worker has begun it; before, it could not find the request."""
+    deferred: list[Program] = field(default_factory=list)
+    """Updates that came before."""
+
+
 class VllmEngine:
     """The real `generation.Engine`."""
 
@@ -80,8 +90,7 @@ class VllmEngine:
         self._model_config = config.hf_text_config.to_dict()
         self._dictionaries: dict[str, StoredDictionary] = {}
         self._accounts: dict[str, Account] = {}
-        self._live: dict[str, asyncio.Event] = {}
-        """By running live generation: set once the worker knows it."""
+        self._live: dict[str, _Live] = {}
         self._update_lock = asyncio.Lock()
         _intercept(llm, self._accounts)
 
@@ -133,7 +142,7 @@ class VllmEngine:
         account = Account(len(generation.prompt_token_ids), [program])
         self._accounts[name] = account
         if generation.live:
-            self._live[name] = asyncio.Event()
+            self._live[name] = _Live()
         index = 0
         try:
             stream = self._llm.generate(self._prompt(generation), _parameters(generation), name)
@@ -142,33 +151,45 @@ class VllmEngine:
                     step = _step(output, index, account)
                     index += len(step.token_ids)
                     if generation.live:
-                        self._live[name].set()
+                        await self._send_deferred(name)
                     yield step
         except EngineDeadError as error:
             raise EngineUnavailable("the engine has died; the server must be restarted") from error
         finally:
             self._accounts.pop(name, None)
-            if generation.live:
-                self._live.pop(name).set()
+            self._live.pop(name, None)
 
     async def update(self, request_id: str, program: Program) -> int:
         self._check(program)
-        known = self._live.get(request_id)
-        if known is not None:
-            await known.wait()
         # Revisions reach the worker in the order in which they are counted.
         async with self._update_lock:
-            account = self._accounts.get(request_id)
-            if account is None or request_id not in self._live:
+            live = self._live.get(request_id)
+            if live is None:
                 raise InvalidRequest(
                     f"generation {request_id!r} is not live or has ended; its edits cannot change"
                 )
-            revision = account.add_revision(program)
-            content = program_to_wire(program)
-            found = await self._llm.collective_rpc("steer_update", args=(request_id, content))
-        if not all(found):
-            raise InvalidRequest(f"generation {request_id!r} has ended; its edits cannot change")
+            revision = self._accounts[request_id].add_revision(program)
+            if not live.known:
+                live.deferred.append(program)
+            elif not await self._send(request_id, program):
+                raise InvalidRequest(
+                    f"generation {request_id!r} has ended; its edits cannot change"
+                )
         return revision
+
+    async def _send(self, request_id: str, program: Program) -> bool:
+        """Whether the worker, who applies the update in its next step, still has the request."""
+        content = program_to_wire(program)
+        found = await self._llm.collective_rpc("steer_update", args=(request_id, content))
+        return all(found)
+
+    async def _send_deferred(self, request_id: str) -> None:
+        live = self._live[request_id]
+        if not live.known:
+            async with self._update_lock:
+                live.known = True
+                for program in live.deferred:
+                    await self._send(request_id, program)
 
     async def op_calls(self) -> int:
         """How often the model has called the op since it was loaded."""

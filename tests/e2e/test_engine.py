@@ -198,6 +198,23 @@ async def test_an_update_holds_from_exactly_the_index_it_is_acknowledged_with(
     assert outcome.finish.reports[1].tokens_in_scope == 32 - applied.first_index
 
 
+async def test_an_update_that_comes_before_the_first_token_waits_for_it_and_nothing_else(
+    engine: VllmEngine,
+) -> None:
+    prompt = engine.tokenizer.encode(IOI)
+    task = asyncio.create_task(run(engine, "early", prompt, tokens=12, live=True))
+    await asyncio.sleep(0)
+
+    assert await engine.update("early", program((Add(1, 9.0),))) == 1
+    assert await engine.update("early", program((Add(2, 9.0),))) == 2
+    outcome = await task
+
+    assert [entry.revision for entry in outcome.applied] == [1, 2]
+    assert {entry.first_index for entry in outcome.applied} <= {1, 2, 3}
+    assert outcome.finish is not None
+    assert outcome.finish.reports[-1].tokens_in_scope == 12 - outcome.applied[-1].first_index
+
+
 async def test_closing_a_generation_aborts_it_and_frees_its_name(engine: VllmEngine) -> None:
     prompt = tuple(engine.tokenizer.encode(IOI))
     long = Sampling(max_tokens=500, temperature=0.0, ignore_eos=True)
