@@ -14,9 +14,16 @@ from trainer.harvest import SHARD_CONTEXTS, Activations
 from trainer.model import decoder_layers
 from trainer.stop import Stop
 
-EXAMPLES = 4
-BEFORE, AFTER = 8, 3
-LOGITS = 6
+# What a person needs to guess a label, at some 500 bytes a feature: a dictionary is to be copied.
+EXAMPLES = 3
+# The strongest contexts often peak at one and the same word, which hides what a feature is about;
+# so examples are picked from this many with different words first.
+CANDIDATES = 16
+BEFORE, AFTER = 6, 2
+LOGITS = 3
+# Tokens seen less often than this in the harvest are not listed among logit effects: their badly
+# trained unembeddings are long, and would crowd out every other token at every feature.
+COMMON = 10
 _CHUNK_CONTEXTS = 8
 # Quantiles come from histograms on a log scale: bins are 2.2% wide, from 2^-10 to 2^20.
 _BINS_PER_OCTAVE, _LOW_OCTAVE, _OCTAVES = 32, -10, 30
@@ -70,7 +77,7 @@ class Survey:
 
     def _keep_top(self, peak: Tensor, contexts: Tensor) -> None:
         values = torch.cat([self.top, peak])
-        best = values.topk(min(EXAMPLES, len(values)), dim=0)
+        best = values.topk(min(CANDIDATES, len(values)), dim=0)
         self.top = best.values
         self.top_contexts = torch.cat([self.top_contexts, contexts]).gather(0, best.indices)
 
@@ -100,11 +107,13 @@ def evidence(
     texts = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
     examples = _examples(result, activations, texts, stop)
     entries: list[Evidence] = []
+    counts = torch.bincount(activations.train.flatten(), minlength=len(texts))
+    common = (counts >= COMMON).nonzero().squeeze(1)
+    listed = min(LOGITS, len(common))
     for start in range(0, dictionary.n_features, 256):
         stop.check("the dictionary is trained, its evidence starts anew")
-        effects = logit_effects(model, dictionary.W_dec[start : start + 256])
-        effects = effects[:, : len(texts)]
-        up, down = effects.topk(LOGITS), effects.topk(LOGITS, largest=False)
+        effects = logit_effects(model, dictionary.W_dec[start : start + 256])[:, common]
+        up, down = effects.topk(listed), effects.topk(listed, largest=False)
         for number in range(len(effects)):
             feature = start + number
             if feature in examples:
@@ -112,8 +121,10 @@ def evidence(
                     Evidence(
                         feature,
                         examples=tuple(examples[feature]),
-                        logits_up=_named(up.values[number], up.indices[number], texts),
-                        logits_down=_named(down.values[number], down.indices[number], texts),
+                        logits_up=_named(up.values[number], common[up.indices[number]], texts),
+                        logits_down=_named(
+                            down.values[number], common[down.indices[number]], texts
+                        ),
                     )
                 )
     return entries
@@ -165,7 +176,21 @@ def _examples(
             values = torch.zeros(activations.train.shape[1])
             values[place] = f[:, column]
             found.setdefault(of, {})[at] = _window(values, activations.train[number], texts)
-    return {of: [examples[at] for at in sorted(examples)] for of, examples in found.items()}
+    return {of: _varied([all_[at] for at in sorted(all_)]) for of, all_ in found.items()}
+
+
+def _varied(candidates: list[Example]) -> list[Example]:
+    """The strongest examples with different words at their peaks, then the strongest others."""
+    words: set[str] = set()
+    first: list[Example] = []
+    others: list[Example] = []
+    for example in candidates:
+        peak = example.activations.index(max(example.activations))
+        word = example.tokens[peak].strip().lower()
+        (others if word in words else first).append(example)
+        words.add(word)
+    chosen = (first + others)[:EXAMPLES]
+    return [example for example in candidates if example in chosen][:EXAMPLES]
 
 
 def _context(activations: Activations, number: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +207,7 @@ def _window(values: Tensor, tokens: Tensor, texts: list[str]) -> Example:
     span = slice(max(0, peak - BEFORE), peak + AFTER + 1)
     return Example(
         tuple(texts[token] for token in tokens[span].tolist()),
-        tuple(float(f"{value:.3g}") for value in values[span].tolist()),
+        tuple(float(f"{value:.2g}") for value in values[span].tolist()),
     )
 
 

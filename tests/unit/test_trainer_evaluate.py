@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from steer_server.dictionary.dictionary import Dictionary
-from steer_server.dictionary.features import QUANTILES
+from steer_server.dictionary.features import QUANTILES, Example
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import write_model
 from trainer.evaluate import describe, evaluate
-from trainer.interpret import Survey, logit_effects
+from trainer.interpret import Survey, _varied, logit_effects
 from trainer.model import load_model, read_site, site_hook
 from trainer.stop import Stop
 
@@ -115,6 +115,20 @@ def test_a_feature_that_never_fired_has_zeros() -> None:
     statistics = survey.statistics()
 
     assert not any(table.any() for table in statistics)
+
+
+def test_examples_show_different_words_before_more_of_the_same() -> None:
+    def example(word: str, peak: float) -> Example:
+        return Example(("so", word), (0.1, peak))
+
+    candidates = [
+        example(" rain", 9.0),
+        example("Rain", 8.0),
+        example(" Rain", 7.0),
+        example("snow", 6.0),
+    ]
+
+    assert _varied(candidates) == [candidates[0], candidates[1], candidates[3]]
 
 
 def test_logit_effects_are_those_of_the_norm_and_the_head(model: torch.nn.Module) -> None:
