@@ -1,0 +1,97 @@
+"""Configuration: what is wrong is named, with what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from steer_server.errors import SteerError
+from trainer.cli import parser
+from trainer.config import TrainConfig, from_mapping, load
+from trainer.errors import BadConfig
+
+GOOD = {
+    "model": "models/m",
+    "site": "resid_post.3",
+    "corpus": {"a.txt": 1.0},
+    "out": "out",
+    "tokens": 1000,
+    "n_features": 64,
+    "alpha": 1e-3,
+}
+TOML = """
+model = "models/m"
+site = "resid_post.3"
+out = "out"
+tokens = 1000
+n_features = 64
+alpha = 1
+[corpus]
+"a.txt" = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"speed": 1, "size": 2}, "unknown keys: size, speed; known are model, site"),
+        ({"site": "residual.3"}, "site 'residual.3' is not one of resid_post, mlp_out, attn_out"),
+        ({"tokens": "many"}, "tokens is 'many'; it must be int"),
+        ({"tokens": True}, "tokens is True; it must be int"),
+        ({"tokens": 0}, "tokens is 0, it must be above 0"),
+        ({"alpha": -1.0}, "alpha is -1.0, it must not be negative"),
+        ({"loss_reduction": "max"}, "loss_reduction is 'max'; allowed are mean, sum"),
+        ({"context": 2}, "context is 2; with skip_positions 1 it must be at least 3"),
+        ({"corpus": {}}, "corpus needs at least one entry"),
+        ({"corpus": "a.txt"}, "corpus is 'a.txt'; it must be a table"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(change: dict, message: str) -> None:
+    with pytest.raises(BadConfig, match=message):
+        from_mapping(GOOD | change)
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(BadConfig, match="'alpha'"):
+        from_mapping({key: value for key, value in GOOD.items() if key != "alpha"})
+
+
+def test_overrides_are_toml_values_or_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(TOML)
+    overrides = ["site=mlp_out.7", "alpha=2e-3", 'corpus={"b.txt" = 2.0}', "normalise_input=false"]
+
+    config = load(tmp_path / "c.toml", overrides)
+
+    assert (config.site, config.alpha, config.normalise_input) == ("mlp_out.7", 2e-3, False)
+    assert config.corpus == {"b.txt": 2.0}
+    with pytest.raises(BadConfig, match="not key=value"):
+        load(tmp_path / "c.toml", ["alpha"])
+
+
+def test_runs_share_a_harvest_unless_the_activations_differ() -> None:
+    config = from_mapping(GOOD)
+    other_alpha = from_mapping(GOOD | {"alpha": 0.5, "out": "elsewhere"})
+
+    assert config.harvest_digest == other_alpha.harvest_digest
+    assert config.digest_of_all != other_alpha.digest_of_all
+    assert config.digest_of_all == from_mapping(GOOD | {"out": "elsewhere"}).digest_of_all
+    assert config.harvest_digest != from_mapping(GOOD | {"site": "mlp_out.3"}).harvest_digest
+
+
+def test_the_shipped_configuration_is_valid() -> None:
+    config = load(Path(__file__).parents[2] / "examples" / "smollm2-135m.toml")
+
+    assert isinstance(config, TrainConfig)
+    assert config.alpha > 0
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["train", "--help"])
+
+    shown = capsys.readouterr().out
+    assert "  alpha\n      Weight of the L1 term." in shown
+    assert "  batch = 1024\n" in shown
+
+
+def test_trainer_errors_are_steer_errors() -> None:
+    assert issubclass(BadConfig, SteerError)
