@@ -57,6 +57,15 @@ def test_documents_come_from_text_jsonl_and_parquet_files_alike(tmp_path: Path) 
     assert len(fingerprint(specs)) == 4
 
 
+def test_a_spec_without_a_known_suffix_is_read_through_datasets(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+
+    assert list(documents([str(tmp_path / "set")])) == ["one", "two"]
+    with pytest.raises(BadCorpus, match="neither a"):
+        list(documents([str(tmp_path / "nothing")]))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
