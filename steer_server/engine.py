@@ -1,6 +1,7 @@
 """vLLM with programs: generate, update, abort. The only module beside `vllm_plugin` that imports vLLM."""
 
 import asyncio
+import math
 import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -18,6 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_server import __version__
+from steer_server.dictionary.card import model_shape
 from steer_server.dictionary.edits import AddRelative
 from steer_server.dictionary.files import StoredDictionary, check_model
 from steer_server.dictionary.site import Site
@@ -27,6 +29,7 @@ from steer_server.errors import (
     EditNotApplied,
     EngineUnavailable,
     InvalidRequest,
+    Overloaded,
     UnsupportedVllm,
 )
 from steer_server.generation import (
@@ -41,6 +44,8 @@ from steer_server.program import FeatureEdit, Program, ReadOut, Scope
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.wire import KEY, StepResult, program_to_wire
 
+MAX_REVISIONS = 256
+_DEAD = "the engine has died; the server must be restarted"
 _WORKERS = {
     "cpu": "steer_server.vllm_plugin.worker.SteerCPUWorker",
     "cuda": "steer_server.vllm_plugin.worker.SteerGPUWorker",
@@ -87,7 +92,7 @@ class VllmEngine:
         self._llm = llm
         self._stopped = False
         self._settings = settings
-        self._model_config = config.hf_text_config.to_dict()
+        self._model_config = model_shape(config.hf_text_config)
         self._dictionaries: dict[str, StoredDictionary] = {}
         self._accounts: dict[str, Account] = {}
         self._live: dict[str, _Live] = {}
@@ -118,21 +123,25 @@ class VllmEngine:
                 f"{', '.join(map(str, self._settings.sites))}; add the site to the settings and restart"
             )
         folder = str(stored.folder.resolve())
-        await self._llm.collective_rpc("steer_load", args=(name, folder, stored.sha256))
+        await self._llm.collective_rpc("steer_load", args=(name, folder, stored.card.arithmetic))
         self._dictionaries[name] = stored
 
     async def self_test(self) -> None:
-        """Writes through the op at every site and sees it in the output; EditNotApplied if not."""
+        """Writes with every dictionary and sees it in the output; EditNotApplied if not.
+
+        It proves that the op runs and that its writes arrive, not that x is what the dictionary was trained on.
+        """
         prompt = tuple(range(10, 18))
         plain = await self._first_logprob(prompt, Program())
-        for site in self._settings.sites:
-            name = next((n for n, d in self._dictionaries.items() if d.card.site == site), None)
-            if name is None:
-                continue
+        for name, stored in self._dictionaries.items():
             edit = FeatureEdit(name, AddRelative(0, 1.0), Scope(exclude_positions=frozenset()))
             program = Program((edit,), (ReadOut(name, top_k=1),))
-            if await self._first_logprob(prompt, program) == plain:
-                raise EditNotApplied(f"self-test: an edit at {site} did not reach the output")
+            edited = await self._first_logprob(prompt, program)
+            if edited == plain or not math.isfinite(edited):
+                raise EditNotApplied(
+                    f"self-test: an edit of dictionary {name!r} at {stored.card.site} did not reach the "
+                    f"output: log-probability {plain} without it, {edited} with it"
+                )
 
     async def generate(self, generation: Generation) -> AsyncIterator[StepOutput]:
         name, program = generation.request_id, generation.program
@@ -154,7 +163,7 @@ class VllmEngine:
                         await self._send_deferred(name)
                     yield step
         except EngineDeadError as error:
-            raise EngineUnavailable("the engine has died; the server must be restarted") from error
+            raise EngineUnavailable(_DEAD) from error
         finally:
             self._accounts.pop(name, None)
             self._live.pop(name, None)
@@ -168,7 +177,12 @@ class VllmEngine:
                 raise InvalidRequest(
                     f"generation {request_id!r} is not live or has ended; its edits cannot change"
                 )
-            revision = self._accounts[request_id].add_revision(program)
+            account = self._accounts[request_id]
+            if len(account.programs) > MAX_REVISIONS:
+                raise Overloaded(
+                    f"a generation takes at most {MAX_REVISIONS} updates; go on in a new one"
+                )
+            revision = account.add_revision(program)
             if not live.known:
                 live.deferred.append(program)
             elif not await self._send(request_id, program):
@@ -180,7 +194,10 @@ class VllmEngine:
     async def _send(self, request_id: str, program: Program) -> bool:
         """Whether the worker, who applies the update in its next step, still has the request."""
         content = program_to_wire(program)
-        found = await self._llm.collective_rpc("steer_update", args=(request_id, content))
+        try:
+            found = await self._llm.collective_rpc("steer_update", args=(request_id, content))
+        except EngineDeadError as error:
+            raise EngineUnavailable(_DEAD) from error
         return all(found)
 
     async def _send_deferred(self, request_id: str) -> None:
@@ -209,7 +226,7 @@ class VllmEngine:
 
     def _prompt(self, generation: Generation) -> TokensPrompt:
         prompt = TokensPrompt(prompt_token_ids=list(generation.prompt_token_ids))
-        hashes = {name: stored.sha256 for name, stored in self._dictionaries.items()}
+        hashes = {name: stored.card.arithmetic for name, stored in self._dictionaries.items()}
         nonce = uuid.uuid4().hex if generation.live else ""
         salt = generation.program.cache_salt(hashes, nonce)
         if salt is not None:
@@ -321,7 +338,7 @@ def _step(output: Any, index: int, account: Account) -> StepOutput:
         generated = index + len(token_ids)
         cached = output.num_cached_tokens or 0
         reason = FinishReason(completion.finish_reason)
-        reports = account.close(generated, cached) if reason is not FinishReason.ABORT else ()
+        reports = account.close(generated) if reason is not FinishReason.ABORT else ()
         finish = Finish(reason, account.prompt_length, generated, cached, reports)
     return StepOutput(
         index,

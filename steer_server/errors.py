@@ -5,6 +5,7 @@
     - UnknownFeature
     - ConflictingEdits
     - PromptTooLong
+    - EditTooLarge
   x DictionaryNotFound
   x DictionaryMismatch
   x CorruptDictionary
@@ -40,6 +41,10 @@ class ConflictingEdits(InvalidRequest):
 
 class PromptTooLong(InvalidRequest):
     """The prompt leaves no room for a token in the model's context."""
+
+
+class EditTooLarge(InvalidRequest):
+    """An edit would move x so far that the model could not compute with it."""
 
 
 class DictionaryNotFound(SteerError):

@@ -60,7 +60,7 @@ class Program:
     def cache_salt(self, hashes: Mapping[str, str], nonce: str = "") -> str | None:
         """Names the KV blocks that requests with these edits may share; None without edits.
 
-        `hashes` maps dictionary names to their sha256. Equal edits give equal salts, in whatever order they came.
+        `hashes` maps dictionary names to `Card.arithmetic`. Equal edits give equal salts, in whatever order they came.
         """
         if not self.edits and not nonce:
             return None

@@ -1,14 +1,14 @@
 """Where the tests find the real model, and a dictionary made for it on the spot."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from transformers import AutoConfig
 
-from steer_server.dictionary.card import Card, Model, config_digest
+from steer_server.dictionary.card import Card, Model, config_digest, model_shape
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.files import StoredDictionary, load, save, self_test
@@ -34,7 +34,7 @@ def random_dictionary(
     model_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> StoredDictionary:
     """Random unit rows with a bias that leaves some tens of features active on a token."""
-    config = json.loads((model_path / "config.json").read_text())
+    config = model_shape(AutoConfig.from_pretrained(model_path))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(N_FEATURES, config["hidden_size"], generator=generator)
     dictionary = Dictionary.tied(

@@ -1,6 +1,5 @@
 """The language model as the trainer sees it: one site to read, or to replace, and nothing after it."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from steer_server.dictionary.card import model_shape
 from steer_server.dictionary.site import Site
 from trainer.errors import BadConfig
 from trainer.files import sha256
@@ -44,9 +44,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def model_config(name: str) -> dict[str, Any]:
-    """The model's `config.json` as it is on disk."""
-    return json.loads(_file(name, "config.json").read_text(encoding="utf-8"))
+def shape_of(name: str) -> dict[str, Any]:
+    """The model's shape, for cards."""
+    return model_shape(AutoConfig.from_pretrained(name).get_text_config())
 
 
 def revision(name: str) -> str:

@@ -17,7 +17,7 @@ from trainer.config import TrainConfig, from_mapping
 from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
 from trainer.harvest import harvest
-from trainer.model import load_model, load_tokenizer, model_config, revision
+from trainer.model import load_model, load_tokenizer, revision, shape_of
 from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
 from trainer.train import train
@@ -47,7 +47,7 @@ def run(config: TrainConfig, runs: Path, stop: Stop) -> Card:
         model=Model(
             Path(config.model).name if Path(config.model).is_dir() else config.model,
             revision(config.model),
-            config_digest(model_config(config.model)),
+            config_digest(shape_of(config.model)),
         ),
         site=site,
         d_model=dictionary.d_model,
@@ -77,16 +77,19 @@ def evaluate_again(
 ) -> Quality:
     """Quality of a finished dictionary, on its own held-out documents unless told otherwise.
 
-    All documents of other corpora count as held out, for none of them was trained on.
+    All documents of corpora it was not trained on count as held out.
     """
     stored = load(folder)
+    config = _config_of(stored)
     changes: dict[str, Any] = {"model": model} if model else {}
     if eval_tokens:
         changes["eval_tokens"] = eval_tokens
     if corpora:
-        changes |= {"corpus": dict.fromkeys(corpora, 1.0), "holdout_every": 1}
-    config = replace(_config_of(stored), **changes)
-    check_model(stored.card, model_config(config.model))
+        changes["corpus"] = dict.fromkeys(corpora, 1.0)
+        if not set(corpora) & set(config.corpus):
+            changes["holdout_every"] = 1
+    config = replace(config, **changes)
+    check_model(stored.card, shape_of(config.model))
     torch.set_num_threads(config.threads)
     contexts = pack(config, load_tokenizer(config.model), stop, ["heldout"])
     return evaluate(

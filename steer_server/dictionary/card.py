@@ -11,7 +11,7 @@ from steer_server.errors import CorruptDictionary
 
 FORMAT_VERSION = 1
 
-# The keys of a Hugging Face config.json that decide whether activations of two models can be compared.
+# The names in a transformers config that decide whether activations of two models can be compared.
 _CONFIG_KEYS = (
     "model_type",
     "hidden_size",
@@ -23,9 +23,17 @@ _CONFIG_KEYS = (
 )
 
 
-def config_digest(config: Mapping[str, Any]) -> str:
-    """sha256 over the part of a model's config.json that fixes its shape."""
-    part = {key: config.get(key) for key in _CONFIG_KEYS}
+def model_shape(config: object) -> dict[str, Any]:
+    """The part of a transformers text config that fixes the model's shape, under its standard names.
+
+    Read from the object and not from config.json, which leaves out defaults and names things its own way.
+    """
+    return {key: getattr(config, key, None) for key in _CONFIG_KEYS}
+
+
+def config_digest(shape: Mapping[str, Any]) -> str:
+    """sha256 of a model's shape."""
+    part = {key: shape.get(key) for key in _CONFIG_KEYS}
     return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 
@@ -38,7 +46,7 @@ class Model:
     revision: str
     """Hub revision, or sha256 of the weights for a folder."""
     config_digest: str
-    """As `config_digest` of its config.json."""
+    """As `config_digest` of its shape."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,12 @@ class Card:
     def sha256(self) -> str:
         """The dictionary's identity: the sha256 of its weights file."""
         return self.files["weights.safetensors"]
+
+    @property
+    def arithmetic(self) -> str:
+        """Digest of everything that decides what an edit does to x: equal for equal results only."""
+        parts = [self.sha256, str(self.site), self.activation, self.input_scale, self.center_input]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def to_json(self) -> str:
         content = asdict(self) | {"site": str(self.site)}

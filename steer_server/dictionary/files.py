@@ -88,7 +88,7 @@ def save(
 def load(folder: Path, model_config: Mapping[str, Any] | None = None) -> StoredDictionary:
     """The dictionary in `folder`, after hashes, shapes, finiteness and the self-test agree with its card.
 
-    With the `config.json` of a model it must also be of that model: DictionaryMismatch otherwise.
+    With the shape of a model (`card.model_shape`) it must also be of that model: DictionaryMismatch otherwise.
     CorruptDictionary for everything else, with the reason.
     """
     folder = Path(folder)
@@ -107,8 +107,12 @@ def load(folder: Path, model_config: Mapping[str, Any] | None = None) -> StoredD
 
 
 def check_model(card: Card, model_config: Mapping[str, Any]) -> None:
-    """The card's model has the shape that `model_config`, a config.json, describes."""
-    hidden, layers = model_config["hidden_size"], model_config["num_hidden_layers"]
+    """The card's model has the shape `model_config`, as `card.model_shape` gives it."""
+    hidden, layers = model_config.get("hidden_size"), model_config.get("num_hidden_layers")
+    if hidden is None or layers is None:
+        raise DictionaryMismatch(
+            "the model's configuration names no hidden_size or no num_hidden_layers"
+        )
     if card.d_model != hidden:
         raise DictionaryMismatch(
             f"dictionary {card.name!r} has d_model {card.d_model}, the model {hidden}"

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from steer_server.errors import EditNotApplied
+from steer_server.errors import EditNotApplied, EditTooLarge
 from steer_server.generation import EditReport, RevisionApplied
 from steer_server.program import Program, Scope
+from steer_server.vllm_plugin.plan import MAX_RELATIVE_SIZE
 from steer_server.vllm_plugin.wire import EditTally, StepResult
 
 
@@ -30,6 +29,8 @@ class Account:
     starts: list[int | None] = field(default_factory=lambda: [0])
     """By revision: the first position it held at, as the worker reported; None until then."""
     inbox: list[StepResult] = field(default_factory=list)
+    _skipped: set[int] = field(default_factory=set)
+    """Positions taken from the prefix cache."""
     _totals: dict[tuple[int, int], _Total] = field(default_factory=dict)
 
     def receive(self, results: Sequence[list[Any]]) -> None:
@@ -48,6 +49,13 @@ class Account:
         for result in results:
             if result.error:
                 raise EditNotApplied(result.error)
+            if result.too_large:
+                raise EditTooLarge(
+                    f"the edits would have moved x by more than {MAX_RELATIVE_SIZE:g} times its length, or "
+                    "past the largest number of the model's dtype; use smaller strengths"
+                )
+            for start, stop in result.skipped:
+                self._skipped |= set(range(start, stop))
             for revision, position in result.applied:
                 self.starts[revision] = position
             for tally in result.tallies:
@@ -62,27 +70,38 @@ class Account:
             for revision, position in result.applied
         )
 
-    def close(self, generated: int, cached: int) -> tuple[EditReport, ...]:
+    def close(self, generated: int) -> tuple[EditReport, ...]:
         """One report per edit and revision that held; EditNotApplied if a row in scope was missed.
 
-        `cached` prompt tokens were never computed; the last generated token was never read by the model.
+        Rows from the prefix cache are not computed anew; the last generated token is never read by the model.
         """
         last_row = self.prompt_length + generated - 1
         held = [revision for revision, start in enumerate(self.starts) if start is not None]
         reports = []
         for revision, following in zip(held, [*held[1:], None], strict=True):
-            first = max(cached, self.starts[revision] or 0)
+            first = self.starts[revision] or 0
             stop = last_row if following is None else min(last_row, self.starts[following] or 0)
-            for index, entry in enumerate(self.programs[revision].edits):
-                expected = _rows_in_scope(entry.scope, first, stop, self.prompt_length)
+            edits = self.programs[revision].edits
+            expected = {
+                scope: self._rows_in_scope(scope, first, stop)
+                for scope in {entry.scope for entry in edits}
+            }
+            for index, entry in enumerate(edits):
                 report = self._report(revision, index)
-                if report.tokens_in_scope < expected:
+                if report.tokens_in_scope < expected[entry.scope]:
                     raise EditNotApplied(
                         f"edit {index} of revision {revision} ran on {report.tokens_in_scope} tokens, "
-                        f"its scope holds {expected}"
+                        f"its scope holds {expected[entry.scope]}"
                     )
                 reports.append(report)
         return tuple(reports)
+
+    def _rows_in_scope(self, scope: Scope, first: int, stop: int) -> int:
+        return sum(
+            scope.holds(position, self.prompt_length)
+            for position in range(first, stop)
+            if position not in self._skipped
+        )
 
     def _enter(self, tally: EditTally) -> None:
         for place, index in enumerate(tally.edits.tolist()):
@@ -96,9 +115,3 @@ class Account:
         total = self._totals.get((revision, index), _Total())
         mean = total.size / total.rows if total.rows else 0.0
         return EditReport(revision, index, total.rows, total.changed, mean, total.largest)
-
-
-def _rows_in_scope(scope: Scope, first: int, stop: int, prompt_length: int) -> int:
-    positions = np.arange(first, max(first, stop))
-    held = np.where(positions < prompt_length, scope.prompt, scope.generated)
-    return int((held & ~np.isin(positions, list(scope.exclude_positions))).sum())

@@ -1,5 +1,7 @@
 """Finds where the sites are in a model that vLLM has loaded, by structure and not by class name."""
 
+import inspect
+import re
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -8,6 +10,11 @@ from steer_server.dictionary.site import Site
 from steer_server.errors import UnsupportedVllm
 
 _LIST_NAMES = ("layers", "h", "blocks")
+
+# vLLM's llama-like layers leave the addition of the residual to the next fused norm. Some others return a pair as
+# well, but have added it already; read as a sum, their x would be wrong everywhere and nobody would notice.
+_LEFT_TO_THE_NORM = re.compile(r"norm\w*\(\s*(x=)?hidden_states,\s*(residual=)?residual\s*\)")
+_ADDED_BY_THE_LAYER = re.compile(r"residual\s*\+|\+\s*residual|hidden_states\s*\+=")
 
 SiteCall = Callable[[Tensor, Tensor | None, int], None]
 """Called with a layer's (hidden, residual, site number); x is their sum."""
@@ -21,7 +28,8 @@ def attach(model: nn.Module, sites: Sequence[Site], n_layers: int, call: SiteCal
             raise UnsupportedVllm(f"site {site}: this version serves resid_post sites only")
         if site.layer >= n_layers:
             raise UnsupportedVllm(f"site {site}: the model has layers 0..{n_layers - 1}")
-        layers[site.layer].register_forward_hook(_hook(call, number))
+        layer = layers[site.layer]
+        layer.register_forward_hook(_hook(call, number, _returns_addends(layer)))
 
 
 def decoder_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
@@ -40,17 +48,23 @@ def decoder_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
     return layers
 
 
-def _hook(call: SiteCall, number: int) -> Callable[..., object]:
+def _returns_addends(layer: nn.Module) -> bool:
+    """Whether a pair that the layer returns is (hidden, residual) with x their sum, by its own code."""
+    source = inspect.getsource(type(layer).forward)
+    return bool(_LEFT_TO_THE_NORM.search(source)) and not _ADDED_BY_THE_LAYER.search(source)
+
+
+def _hook(call: SiteCall, number: int, addends: bool) -> Callable[..., object]:
     def after(module: nn.Module, args: object, output: object) -> object:
         # torch.compile traces this, so it stays with what dynamo knows.
         if isinstance(output, Tensor):
             call(output, None, number)
-        elif isinstance(output, tuple) and len(output) == 2:
+        elif addends and isinstance(output, tuple) and len(output) == 2:
             call(output[0], output[1], number)
         else:
             raise UnsupportedVllm(
-                f"{type(module).__name__} returns {type(output).__name__}; "
-                "expected a tensor or (hidden, residual)"
+                f"{type(module).__name__} returns something this version does not understand; it takes a "
+                "tensor, or (hidden, residual) whose sum a norm of the next layer takes"
             )
         return output
 

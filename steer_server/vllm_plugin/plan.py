@@ -28,6 +28,11 @@ class Stretch(NamedTuple):
     """False for rows recomputed after a preemption, which were counted before."""
 
 
+MAX_RELATIVE_SIZE = 1e4
+"""Largest |delta| / |x| of a row. Past some 1e13 the squares in the next norm overflow, and a NaN in a KV block
+would outlive its request: vLLM does not clear blocks that it hands on."""
+
+
 class Outcome(NamedTuple):
     """What the op did: proof that it ran, and how far it moved what."""
 
@@ -35,6 +40,8 @@ class Outcome(NamedTuple):
     """f' - f, [rows, features]."""
     x_norm: Tensor
     """|x|, [rows, 1]."""
+    applied: Tensor
+    """False for rows left as they were because the delta was too large, [rows, 1]."""
 
 
 @dataclass(eq=False)
@@ -62,17 +69,20 @@ class SitePlan:
         x = x[self.rows]
         x_norm = x.norm(dim=-1, keepdim=True)
         change = activation_change(x, x_norm, self.features, self.gain, self.offset, self.share)
-        delta = (change @ self.features.decoder).to(hidden.dtype)
-        if isinstance(self.rows, slice):
-            hidden[self.rows].add_(delta)
-        else:
-            hidden.index_add_(0, self.rows, delta)
-        self.outcome = Outcome(change, x_norm)
+        delta = change @ self.features.decoder
+        edited = hidden[self.rows] + delta.to(hidden.dtype)
+        applied = delta.norm(dim=-1, keepdim=True) <= MAX_RELATIVE_SIZE * x_norm
+        applied &= edited.isfinite().all(dim=-1, keepdim=True)
+        hidden[self.rows] = torch.where(applied, edited, hidden[self.rows])
+        self.outcome = Outcome(change, x_norm, applied)
 
-    def tallies(self) -> list[tuple[str, EditTally]]:
-        """Per request what its edits did, once per row; takes the outcome, so the plan can serve again."""
+    def collect(self) -> tuple[list[tuple[str, EditTally]], set[str]]:
+        """Per request what its edits did, once per row; and the requests with a row where they were too large.
+
+        Takes the outcome, so that the plan can serve again.
+        """
         assert self.outcome is not None
-        change, x_norm = self.outcome
+        change, x_norm, applied = self.outcome
         self.outcome = None
         size = (change.abs() * (self.decoder_norm / x_norm)).cpu().numpy()
         changed = (change != 0).cpu().numpy()
@@ -94,7 +104,16 @@ class SitePlan:
                     largest[place, columns],
                 )
                 found.append((stretch.vllm_id, tally))
-        return found
+        too_large = {
+            stretch.vllm_id
+            for stretch, held in zip(
+                self.stretches,
+                np.logical_and.reduceat(applied.cpu().numpy()[:, 0], starts),
+                strict=True,
+            )
+            if not held
+        }
+        return found, too_large
 
 
 def plan_site(stretches: Sequence[Stretch], residents: Residents) -> SitePlan:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -77,9 +78,8 @@ def _named(
 
 
 def _take(wants: list[Want], x: Tensor) -> Tensor:
-    first, last = wants[0].first, wants[-1].last
-    if sum(want.last - want.first for want in wants) == last - first:
-        return x[first:last]
+    if all(want.last == following.first for want, following in pairwise(wants)):
+        return x[wants[0].first : wants[-1].last]
     return torch.cat([x[want.first : want.last] for want in wants])
 
 

@@ -37,25 +37,31 @@ class RequestState:
     """Updates that came since the last step."""
     announced: list[RevisionStart] = field(default_factory=list)
     """Revisions that began to hold in this step."""
-    _cuts: list[int] | None = None
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+    """Runs of positions that this step found in the prefix cache, so that nobody computes them."""
+    _cuts: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._cut_at({self.prompt_length, *_cuts_of(self.programs[0])})
 
     def begin(self, start: int) -> None:
         """A step computes this request's rows from `start` on: waiting updates take hold here.
 
         They hold from the first position never computed before, wherever a recompute begins.
         """
-        position = max(start, self.done)
+        if start > self.done:
+            self.skipped.append((self.done, start))
+            self.done = start
+        position = self.done
         for program in self.waiting:
             self.programs.append(program)
             self.starts.append(position)
             self.announced.append(RevisionStart(len(self.starts) - 1, position))
-            self._cuts = None
+            self._cut_at({position, *_cuts_of(program)})
         self.waiting.clear()
 
     def segments(self, start: int, stop: int) -> list[Segment]:
         """The rows [start, stop) cut where edits change."""
-        if self._cuts is None:
-            self._cuts = self._find_cuts()
         cuts = self._cuts
         found = []
         position = start
@@ -67,13 +73,8 @@ class RequestState:
             position = end
         return found
 
-    def _find_cuts(self) -> list[int]:
-        cuts = {self.prompt_length, *self.starts}
-        for program in self.programs:
-            for edit in program.edits:
-                for position in edit.scope.exclude_positions:
-                    cuts |= {position, position + 1}
-        return sorted(cuts)
+    def _cut_at(self, positions: set[int]) -> None:
+        self._cuts = sorted({*self._cuts, *positions})
 
     def _edits_at(self, position: int, revision: int) -> tuple[int, ...]:
         return tuple(
@@ -81,3 +82,10 @@ class RequestState:
             for index, edit in enumerate(self.programs[revision].edits)
             if edit.scope.holds(position, self.prompt_length)
         )
+
+
+def _cuts_of(program: WorkerProgram) -> set[int]:
+    """Where the edits of the program begin or cease to hold, but for the end of the prompt."""
+    scopes = {edit.scope for edit in program.edits}
+    excluded = {position for scope in scopes for position in scope.exclude_positions}
+    return excluded | {position + 1 for position in excluded}

@@ -18,7 +18,6 @@ class Resident(NamedTuple):
     site: int
     """Number of its site among the served ones."""
     rows: FeatureRows
-    sha256: str
 
 
 class Residents(dict[str, Resident]):
@@ -29,10 +28,10 @@ class Residents(dict[str, Resident]):
         self._sites = list(sites)
         self._device = device
 
-    def load(self, name: str, folder: Path, sha256: str) -> None:
+    def load(self, name: str, folder: Path, arithmetic: str) -> None:
         """Loads a folder that the front-end has verified; it must still be the same dictionary."""
         stored = files.load(folder)
-        if stored.sha256 != sha256:
+        if stored.card.arithmetic != arithmetic:
             raise CorruptDictionary(f"{folder} changed while dictionary {name!r} was being loaded")
         if stored.card.site not in self._sites:
             raise DictionaryMismatch(
@@ -40,7 +39,7 @@ class Residents(dict[str, Resident]):
                 f"{', '.join(map(str, self._sites))}"
             )
         rows = FeatureRows(*(tensor.to(self._device) for tensor in stored.dictionary.rows))
-        self[name] = Resident(self._sites.index(stored.card.site), rows, sha256)
+        self[name] = Resident(self._sites.index(stored.card.site), rows)
 
     def gather(self, wanted: Sequence[tuple[str, int]]) -> FeatureRows:
         """The rows of (dictionary, feature) pairs, in the given order."""

@@ -44,8 +44,8 @@ class Runtime:
         self._plans: dict[int, tuple[list[Stretch], SitePlan]] = {}
         """The last plan of each site; a decoding batch needs the same one step after step."""
 
-    def load(self, name: str, folder: Path, sha256: str) -> None:
-        self.residents.load(name, folder, sha256)
+    def load(self, name: str, folder: Path, arithmetic: str) -> None:
+        self.residents.load(name, folder, arithmetic)
 
     def admit(self, vllm_id: str, prompt_length: int, content: Mapping[str, Any]) -> None:
         """A request was scheduled for the first time."""
@@ -113,8 +113,8 @@ class Runtime:
         results = {vllm_id: StepResult() for vllm_id, _, _ in step.states}
         for vllm_id, state, end in step.states:
             state.done = max(state.done, end)
-            results[vllm_id].applied += state.announced
-            state.announced = []
+            results[vllm_id].applied, state.announced = state.announced, []
+            results[vllm_id].skipped, state.skipped = state.skipped, []
         self._collect_edits(step, results)
         self._collect_rows(step, results)
         return {vllm_id: result.to_wire() for vllm_id, result in results.items()}
@@ -175,8 +175,11 @@ class Runtime:
                 for stretch in plan.stretches:
                     results[stretch.vllm_id].error = f"the op did not run at site number {site}"
                 continue
-            for vllm_id, tally in plan.tallies():
+            tallies, too_large = plan.collect()
+            for vllm_id, tally in tallies:
                 results[vllm_id].tallies.append(tally)
+            for vllm_id in too_large:
+                results[vllm_id].too_large = True
 
     def _collect_rows(self, step: Step, results: dict[str, StepResult]) -> None:
         for name, wants in step.wants.items():

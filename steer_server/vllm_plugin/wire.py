@@ -97,30 +97,38 @@ class StepResult:
     """What one step did for one request, gathered over steps until a token carries it home."""
 
     applied: list[RevisionStart] = field(default_factory=list)
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+    """Runs of positions taken from the prefix cache."""
     tallies: list[EditTally] = field(default_factory=list)
     rows: list[ActivationRows] = field(default_factory=list)
     encode_seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""
     """Why an edit or read-out did not run; empty if all did."""
+    too_large: bool = False
+    """An edit would have moved x beyond what the model can compute with; it was left out."""
 
     def to_wire(self) -> list[Any]:
         return [
             [list(entry) for entry in self.applied],
+            [list(entry) for entry in self.skipped],
             [[entry.revision, entry.rows, *map(_pack, entry[2:])] for entry in self.tallies],
             [_rows_to_wire(entry) for entry in self.rows],
             self.encode_seconds,
             self.error,
+            self.too_large,
         ]
 
     @classmethod
     def from_wire(cls, content: list[Any]) -> Self:
-        applied, tallies, rows, seconds, error = content
+        applied, skipped, tallies, rows, seconds, error, too_large = content
         return cls(
             [RevisionStart(*entry) for entry in applied],
+            [(start, stop) for start, stop in skipped],
             [_tally_from_wire(*entry) for entry in tallies],
             [_rows_from_wire(entry) for entry in rows],
             seconds,
             error,
+            too_large,
         )
 
 

@@ -31,8 +31,8 @@ class _Sites:
     device: Any
 
     def load_model(self, **options: Any) -> None:
-        super().load_model(**options)  # type: ignore[misc]
         _check_supported(self)
+        super().load_model(**options)  # type: ignore[misc]
         sites = [Site.parse(text) for text in self.vllm_config.additional_config[KEY]["sites"]]
         self.steer = Runtime(sites, self.device)
         op.install(self.steer)
@@ -58,8 +58,8 @@ class _Sites:
 
     # Called by the engine through collective_rpc.
 
-    def steer_load(self, name: str, folder: str, sha256: str) -> None:
-        self.steer.load(name, Path(folder), sha256)
+    def steer_load(self, name: str, folder: str, arithmetic: str) -> None:
+        self.steer.load(name, Path(folder), arithmetic)
 
     def steer_update(self, name: str, content: dict[str, Any]) -> bool:
         return self.steer.update(name, content)

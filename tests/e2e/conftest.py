@@ -20,6 +20,8 @@ async def engine(
         (SITE,),
         max_model_len=1024,
         max_num_seqs=16,
+        # Prompts of the longer tests come in chunks.
+        max_num_batched_tokens=128,
         dtype="float32",
         enforce_eager=True,
         kv_cache_gib=1,

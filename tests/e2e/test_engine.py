@@ -8,8 +8,8 @@ import pytest
 
 from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Edit, Scale
 from steer_server.engine import VllmEngine
-from steer_server.errors import DictionaryNotFound, InvalidRequest
-from steer_server.generation import Generation, Sampling
+from steer_server.errors import DictionaryNotFound, EditTooLarge, InvalidRequest
+from steer_server.generation import FinishReason, Generation, Sampling
 from steer_server.program import FeatureEdit, Program, ReadOut, Scope
 from tests.e2e.helpers import IOI, TEXTS, Outcome, program, run
 from tests.e2e.reference import Completion, Reference
@@ -86,6 +86,51 @@ async def test_steered_neighbours_leave_plain_requests_bit_identical(engine: Vll
         assert plain[i].token_ids == steered[i].token_ids
         assert plain[i].logprobs == steered[i].logprobs
     assert plain[1].token_ids != steered[1].token_ids
+
+
+async def test_a_prompt_in_chunks_is_edited_and_read_like_one_in_whole(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    prompt = engine.tokenizer.encode(" ".join(f"chunk {n}," for n in range(99)))[:300]
+    edits = (AddRelative(9, 0.3), Ablate(7))
+
+    outcome = await run(engine, "chunks", prompt, program(edits, ReadOut("random", top_k=1)))
+
+    assert_same(outcome, reference.generate(prompt, 16, from_one(edits)))
+    assert list(outcome.features()) == list(range(300 + 15))
+    assert sum(rows.positions[0] < 300 for rows in outcome.rows) >= 3
+
+
+async def test_a_stop_text_ends_the_generation_and_the_proof_still_holds(
+    engine: VllmEngine,
+) -> None:
+    prompt = tuple(engine.tokenizer.encode(IOI))
+    plain = await run(engine, "whole", prompt)
+    stop = plain.text[4:8]
+    sampling = Sampling(max_tokens=16, temperature=0.0, stop=(stop,))
+    edits = program((AddRelative(9, 1e-4),))
+
+    steps = [s async for s in engine.generate(Generation("stop", prompt, sampling, edits))]
+
+    assert "".join(step.text for step in steps) == plain.text[: plain.text.index(stop)]
+    finish = steps[-1].finish
+    assert finish is not None
+    assert finish.reason is FinishReason.STOP
+    assert finish.reports[0].tokens_in_scope >= len(prompt) + finish.generated_tokens - 2
+
+
+async def test_edits_too_large_fail_their_own_request_and_nothing_after_it(
+    engine: VllmEngine,
+) -> None:
+    prompt = engine.tokenizer.encode(IOI)
+    before = await run(engine, "before", prompt)
+
+    with pytest.raises(EditTooLarge):
+        await run(engine, "huge", prompt, program((AddRelative(9, 1e30),)))
+
+    after = await asyncio.gather(*(run(engine, f"after {i}", prompt) for i in range(8)))
+    assert np.isfinite([outcome.logprobs for outcome in after]).all()
+    assert all(outcome.token_ids == before.token_ids for outcome in after)
 
 
 async def test_scope_limits_an_edit_to_its_phase_and_positions(

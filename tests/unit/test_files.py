@@ -8,9 +8,10 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
+from transformers import GPT2Config
 
 from steer_server.dictionary import files
-from steer_server.dictionary.card import Card, Model, Quality, config_digest
+from steer_server.dictionary.card import Card, Model, Quality, config_digest, model_shape
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import Evidence, Example, FeatureStatistics
 from steer_server.dictionary.site import Site
@@ -74,6 +75,20 @@ def test_evidence_and_statistics_come_back(folder: Path) -> None:
     assert stored.sha256 == stored.card.files["weights.safetensors"]
     assert not (folder / "weights.safetensors").read_bytes().count(b"W_enc")
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+
+
+def test_equal_weights_with_another_meaning_are_told_apart(folder: Path) -> None:
+    card = files.load(folder).card
+    others = [
+        replace(card, site=Site("resid_post", 1)),
+        replace(card, activation="identity"),
+        replace(card, input_scale=0.5),
+        replace(card, center_input=True),
+        replace(card, files=card.files | {"weights.safetensors": "0"}),
+    ]
+
+    assert len({card.arithmetic, *(other.arithmetic for other in others)}) == 6
+    assert replace(card, name="other", quality=None).arithmetic == card.arithmetic
 
 
 def test_half_precision_is_stored_and_the_self_test_knows(tmp_path: Path) -> None:
@@ -153,9 +168,17 @@ def test_a_wrong_file_is_refused_with_the_reason(folder: Path, spoil, reason: st
         files.load(folder)
 
 
+def test_a_shape_is_read_under_its_standard_names_whatever_the_config_calls_them() -> None:
+    shape = model_shape(GPT2Config(n_embd=32, n_layer=3, n_head=2))
+
+    assert (shape["hidden_size"], shape["num_hidden_layers"]) == (32, 3)
+    assert config_digest(shape) != config_digest(model_shape(GPT2Config(n_embd=32, n_layer=4)))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"hidden_size": None}, "names no hidden_size"),
         ({"hidden_size": 16}, "d_model 8, the model 16"),
         ({"num_hidden_layers": 2}, "layers 0..1"),
         ({"vocab_size": 100}, "not that of this model"),

@@ -17,7 +17,12 @@ from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.edits import Ablate, Add, AddRelative, Edit, edit_delta
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.site import Site
-from steer_server.errors import CorruptDictionary, DictionaryMismatch, EditNotApplied
+from steer_server.errors import (
+    CorruptDictionary,
+    DictionaryMismatch,
+    EditNotApplied,
+    EditTooLarge,
+)
 from steer_server.program import FeatureEdit, Program, ReadOut, Scope
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.runtime import Runtime
@@ -31,7 +36,7 @@ SITES = (Site("resid_post", 1), Site("resid_post", 3))
 class Saved:
     folder: Path
     dictionary: Dictionary
-    sha256: str
+    arithmetic: str
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
         )
         folder = tmp_path_factory.mktemp("runtime") / name
         card = files.save(folder, card, dictionary, FeatureStatistics.zeros(N_FEATURES))
-        found[name] = Saved(folder, dictionary, card.sha256)
+        found[name] = Saved(folder, dictionary, card.arithmetic)
     return found
 
 
@@ -64,7 +69,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
 def runtime(saved: dict[str, Saved]) -> Runtime:
     runtime = Runtime(SITES, torch.device("cpu"))
     for name, entry in saved.items():
-        runtime.load(name, entry.folder, entry.sha256)
+        runtime.load(name, entry.folder, entry.arithmetic)
     return runtime
 
 
@@ -147,7 +152,7 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
 ) -> None:
     runtime = Runtime(SITES, torch.device("cpu"))
     for name, entry in saved.items():
-        runtime.load(name, entry.folder, entry.sha256)
+        runtime.load(name, entry.folder, entry.arithmetic)
     batch = Batch(runtime, seed)
     prompt, total = 6, 10
     for i, program in enumerate(asked):
@@ -170,7 +175,7 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
             assert torch.equal(edited, (x - 0.25) + 0.25)
         torch.testing.assert_close(edited, x + delta(saved, x, edits), atol=1e-4, rtol=1e-4)
     for i, program in enumerate(asked):
-        reports = batch.accounts[f"r{i}"].close(total - prompt + 1, 0)
+        reports = batch.accounts[f"r{i}"].close(total - prompt + 1)
         for report, entry in zip(reports, program.edits, strict=True):
             held = [entry.scope.holds(position, prompt) for position in range(total)]
             assert report.tokens_in_scope == sum(held)
@@ -202,7 +207,7 @@ def test_a_recompute_replays_the_revision_of_each_position_and_reports_nothing_t
     assert applied == [(1, 5), (2, 6)]
     positions = [p for r in batch.results["r"] for rows in r.rows for p in rows.positions.tolist()]
     assert positions == list(range(7))
-    assert [r.tokens_in_scope for r in batch.accounts["r"].close(4, 0)] == [4, 1, 1]
+    assert [r.tokens_in_scope for r in batch.accounts["r"].close(4)] == [4, 1, 1]
 
 
 def test_read_outs_are_of_the_unedited_vector(runtime: Runtime, saved: dict[str, Saved]) -> None:
@@ -256,8 +261,55 @@ def test_rows_missing_from_the_worker_fail_the_proof() -> None:
     account = Account(5, [Program((FeatureEdit("a", Ablate(1)),), ())])
 
     with pytest.raises(EditNotApplied, match="ran on 0 tokens, its scope holds 7"):
-        account.close(generated=4, cached=0)
-    assert account.close(generated=1, cached=5)[0].tokens_in_scope == 0
+        account.close(generated=4)
+
+
+def test_rows_from_the_prefix_cache_are_no_gap_in_the_proof(runtime: Runtime) -> None:
+    batch = Batch(runtime, 4)
+    batch.admit("r", 8, Program((FeatureEdit("a", Add(1, 1.0)),), ()))
+    batch.step([("r", 2, 2)])
+    # Preempted, and resumed behind what another request has cached since.
+    batch.step([("r", 6, 2)])
+
+    (report,) = batch.accounts["r"].close(1)
+    assert report.tokens_in_scope == 4
+
+
+def test_edits_too_large_for_the_model_are_left_out_and_fail_their_request(
+    runtime: Runtime, saved: dict[str, Saved]
+) -> None:
+    batch = Batch(runtime, 5)
+    batch.admit("r", 2, Program((FeatureEdit("a", AddRelative(1, 3e4)),), ()))
+    batch.admit("nan", 2, Program(tuple(FeatureEdit("a", Add(i, 3e38)) for i in range(4)), ()))
+    batch.admit("fine", 2, Program((FeatureEdit("a", AddRelative(1, 9e3)),), ()))
+    for name in ("r", "nan"):
+        batch.runtime.begin_step([name, "fine"], [2, 1], [0, 1])
+        x = torch.stack([batch.x(name, 0, 0), batch.x(name, 0, 1), batch.x("fine", 0, 1)])
+        hidden = x.clone()
+        batch.runtime.at_site(hidden, None, 0)
+        account = batch.accounts[name]
+        account.receive([batch.runtime.end_step()[name]])
+
+        assert torch.equal(hidden[:2], x[:2])
+        assert hidden[2].isfinite().all()
+        assert not torch.equal(hidden[2], x[2])
+        with pytest.raises(EditTooLarge, match="smaller strengths"):
+            account.take()
+
+
+def test_two_read_outs_of_one_request_do_not_shift_into_a_neighbour(
+    runtime: Runtime, saved: dict[str, Saved]
+) -> None:
+    batch = Batch(runtime, 6)
+    twice = (ReadOut("a", top_k=1), ReadOut("a", top_k=1), ReadOut("a", features=(2,)))
+    batch.admit("one", 5, Program((), twice))
+    batch.admit("two", 5, Program((), twice[:1]))
+    batch.step([("one", 1, 1), ("plain", 1, 1), ("two", 1, 1)])
+
+    f = saved["a"].dictionary.encode(batch.x("one", 0, 1))
+    first, second, third = batch.results["one"][0].rows
+    assert first.features.tolist() == second.features.tolist() == [int(f.argmax())]
+    assert third.values.tolist() == pytest.approx([float(f[2])] if f[2] > 0 else [])
 
 
 def test_ended_requests_are_forgotten(runtime: Runtime) -> None:
@@ -276,7 +328,7 @@ def test_a_dictionary_of_an_unserved_site_or_with_other_bytes_is_refused(
     runtime = Runtime(SITES[:1], torch.device("cpu"))
 
     with pytest.raises(DictionaryMismatch, match=r"resid_post\.3"):
-        runtime.load("c", saved["c"].folder, saved["c"].sha256)
+        runtime.load("c", saved["c"].folder, saved["c"].arithmetic)
     with pytest.raises(CorruptDictionary, match="changed"):
         runtime.load("a", saved["a"].folder, "0" * 64)
 
