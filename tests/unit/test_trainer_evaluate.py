@@ -1,5 +1,7 @@
 """What the trainer says of a dictionary: quality, statistics, logit effects."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,15 @@ from trainer.model import load_model, read_site, site_hook
 from trainer.stop import Stop
 
 SITE = Site.parse("resid_post.1")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make tiny products slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,15 @@ from trainer.model import decoder_layers, load_model, read_site, truncate
 from trainer.run import evaluate_again, label, run
 from trainer.stop import Stop
 from trainer.train import CHECKPOINT, train
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make tiny products slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +215,20 @@ def test_a_run_leaves_a_dictionary_whose_card_tells_how_it_was_made(
         run(replace(config, alpha=0.5), tmp_path / "runs", Stop())
 
 
+def test_other_corpora_are_held_out_whole_and_its_own_are_not(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    run(config, tmp_path / "runs", Stop())
+    own = next(iter(config.corpus))
+    (tmp_path / "other.txt").write_text("the cat sat on the mat " * 40)
+
+    other = evaluate_again(Path(config.out), None, [str(tmp_path / "other.txt")], 64, Stop())
+    again = evaluate_again(Path(config.out), None, [own], None, Stop())
+
+    assert other.tokens == 2 * (config.context - 1)
+    assert again == load(Path(config.out)).card.quality
+
+
 def test_examples_show_the_activations_of_their_tokens_strongest_first(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -251,7 +275,7 @@ def test_a_signal_ends_the_command_with_130_and_a_way_to_go_on(
 ) -> None:
     lines = [f"{key} = {json.dumps(getattr(config, key))}" for key in ("model", "site", "out")]
     lines += ["tokens = 4096", "eval_tokens = 256", "n_features = 24", "alpha = 0.01"]
-    lines += ["batch = 64", "epochs = 100000", "context = 32"]
+    lines += ["batch = 64", "epochs = 100000", "context = 32", "threads = 1"]
     lines += ["[corpus]", f"{json.dumps(next(iter(config.corpus)))} = 1.0"]
     (tmp_path / "c.toml").write_text("\n".join(lines))
     command = [sys.executable, "-m", "trainer", "train", str(tmp_path / "c.toml")]

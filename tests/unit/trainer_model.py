@@ -58,4 +58,5 @@ def tiny_config(model: Path, folder: Path) -> TrainConfig:
         context=32,
         holdout_every=10,
         activation_dtype="float32",
+        threads=1,
     )
