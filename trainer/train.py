@@ -13,7 +13,7 @@ from tqdm import tqdm
 from steer_server.dictionary.dictionary import Dictionary
 from trainer import gradient
 from trainer.config import TrainConfig
-from trainer.errors import BadCheckpoint
+from trainer.errors import BadCheckpoint, BadConfig
 from trainer.files import whole_file
 from trainer.harvest import Activations
 from trainer.model import device
