@@ -96,9 +96,7 @@ def train(
     scale = input_scale(activations) if config.normalise_input else 1.0
     per_epoch = activations.count // config.batch
     if not per_epoch:
-        raise BadCheckpoint(
-            f"{activations.count} activations do not fill a batch of {config.batch}"
-        )
+        raise BadConfig(f"{activations.count} activations do not fill a batch of {config.batch}")
     total = per_epoch * config.epochs
     order = epoch_order(config, activations.count, state.step // per_epoch)
     with tqdm(desc="train", total=total, initial=state.step, unit=" steps") as bar:
