@@ -1,0 +1,70 @@
+"""The README's tables, from the committed results of the benchmarks.
+
+    python benchmarks/report.py          prints them
+    python benchmarks/report.py --write  puts them into README.md, between their markers
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+CASES = {
+    "idle": "no program",
+    "edit1": "1 edit on every token",
+    "edit16": "16 edits on every token",
+    "readout32": "top 32 features of every token",
+    "edit16_readout32": "both",
+}
+LOADS = {
+    "batch_1": "decode, batch 1",
+    "batch_16": "decode, batch 16",
+    "prompt_1x512": "prompt of 512",
+}
+
+
+def serving_overhead(result: dict[str, Any]) -> str:
+    """Speed against plain vLLM, by case and load."""
+    mode = "torch.compile" if result["compiled"] else "eager"
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        f"Tokens/s relative to plain vLLM ({mode}, float32, {result['n_features']:,} features, "
+        f"medians of {result['rounds']} interleaved rounds; {result['hardware']}; {versions}; "
+        f"{result['date']}):",
+        "",
+        "| | " + " | ".join(LOADS.values()) + " |",
+        "|---|" + "---|" * len(LOADS),
+    ]
+    for case, name in CASES.items():
+        cells = [f"{result[load][case]:.2f}" for load in LOADS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"serving_overhead": serving_overhead, "serving_overhead_compiled": serving_overhead}
+
+
+def filled(readme: str) -> str:
+    """The README with every table between its markers made anew."""
+    for name, table in TABLES.items():
+        content = table(json.loads((RESULTS / f"{name}.json").read_text()))
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        readme, count = re.subn(
+            pattern, lambda match, text=content: f"{match[1]}{text}\n{match[2]}", readme, flags=re.S
+        )
+        if count != 1:
+            raise ValueError(f"README.md must have the markers of {name} once; it has {count}")
+    return readme
+
+
+if __name__ == "__main__":
+    text = filled(README.read_text())
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(text)
+    else:
+        print(text)
