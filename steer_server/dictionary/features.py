@@ -50,13 +50,17 @@ class Evidence:
     logits_down: tuple[tuple[str, float], ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+        content = asdict(self)
+        for example in content["examples"]:
+            # Most activations are 0, and there are many: one character instead of three.
+            example["activations"] = [value or 0 for value in example["activations"]]
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> "Evidence":
         content = json.loads(line)
         examples = tuple(
-            Example(tuple(item["tokens"]), tuple(item["activations"]))
+            Example(tuple(item["tokens"]), tuple(map(float, item["activations"])))
             for item in content.pop("examples")
         )
         up = tuple((token, value) for token, value in content.pop("logits_up"))

@@ -135,11 +135,13 @@ def self_test(dictionary: Dictionary) -> SelfTest:
     f = dictionary.encode(x)
     active = f.nonzero().squeeze(1)
     return SelfTest(
-        tuple(x.tolist()),
-        tuple(active.tolist()),
-        tuple(f[active].tolist()),
-        tuple(dictionary.decode(f).tolist()),
+        _numbers(x), tuple(active.tolist()), _numbers(f[active]), _numbers(dictionary.decode(f))
     )
+
+
+def _numbers(vector: Tensor) -> tuple[float, ...]:
+    """With as many digits as a float32 has."""
+    return tuple(float(f"{value:.9g}") for value in vector.tolist())
 
 
 def _weights(dictionary: Dictionary) -> dict[str, Tensor]:

@@ -1,0 +1,58 @@
+"""What ships in examples/ is what its pages promise."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from steer_server.config import resolve
+from steer_server.dictionary import files
+from steer_server.dictionary.files import StoredDictionary
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FOLDER = EXAMPLES / "dictionaries" / "smollm2-135m-resid10"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> StoredDictionary:
+    return files.load(FOLDER)
+
+
+def test_the_dictionary_is_small_wide_sparse_and_better_than_pca(shipped: StoredDictionary) -> None:
+    quality = shipped.card.quality
+
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
+    assert shipped.card.n_features == 8 * shipped.card.d_model
+    assert quality is not None
+    assert quality.l0 < 50
+    assert quality.fvu < quality.pca_fvu
+    assert quality.dead_share < 0.1
+
+
+def test_its_labels_are_those_of_the_file_and_rest_on_evidence(shipped: StoredDictionary) -> None:
+    content = tomllib.loads((EXAMPLES / "labels.toml").read_text())
+    labels = {int(feature): label for feature, label in content["labels"].items()}
+    found = {f: entry.label for f, entry in shipped.evidence.items() if entry.label}
+
+    assert content["weights_sha256"] == shipped.sha256
+    assert found == labels
+    assert len(found) >= 10
+    assert all(shipped.evidence[feature].examples for feature in found)
+
+
+def test_it_was_made_by_the_shipped_configuration(shipped: StoredDictionary) -> None:
+    config = tomllib.loads((EXAMPLES / "smollm2-135m.toml").read_text())
+    trained = shipped.card.training["config"]
+
+    assert {key: trained[key] for key in config} == config
+
+
+def test_the_demo_server_serves_and_watches_features_that_are_labelled(
+    shipped: StoredDictionary,
+) -> None:
+    config = resolve({"config": str(EXAMPLES / "server.toml")}, {})
+
+    assert [EXAMPLES.parent / source.folder for source in config.dictionaries] == [FOLDER]
+    for name, feature in config.watch:
+        assert name == shipped.card.name
+        assert shipped.evidence[feature].label
