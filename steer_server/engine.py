@@ -68,7 +68,6 @@ class EngineSettings:
     """Skip torch.compile: starts in a third of the time, decodes slower."""
     kv_cache_gib: int = 4
     """On CPU; on CUDA vLLM takes its share of the device memory."""
-    block_size: int | None = None
 
 
 @dataclass
@@ -263,7 +262,6 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     optional: dict[str, Any] = {
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "max_model_len": settings.max_model_len,
-        "block_size": settings.block_size,
     }
     return AsyncEngineArgs(
         model=settings.model,
