@@ -94,6 +94,8 @@ async def test_closing_the_generator_aborts_the_generation():
             while not service.engine.aborted:
                 await asyncio.sleep(0.005)
 
+        assert len(service.engine.aborted) == 1
+
 
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
