@@ -1,7 +1,7 @@
 """The README's tables, from the committed results of the benchmarks.
 
-    python benchmarks/report.py          prints them
-    python benchmarks/report.py --write  puts them into README.md, between their markers
+python benchmarks/report.py          prints them
+python benchmarks/report.py --write  puts them into README.md, between their markers
 """
 
 import json
@@ -21,38 +21,43 @@ CASES = {
     "readout32": "top 32 features of every token",
     "edit16_readout32": "both",
 }
-LOADS = {
-    "batch_1": "decode, batch 1",
-    "batch_16": "decode, batch 16",
-    "prompt_1x512": "prompt of 512",
-}
+LOADS = {"batch_1": "batch 1", "batch_16": "batch 16", "prompt_1x512": "prompt of 512"}
 
 
-def serving_overhead(result: dict[str, Any]) -> str:
-    """Speed against plain vLLM, by case and load."""
-    mode = "torch.compile" if result["compiled"] else "eager"
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+def serving_overhead() -> str:
+    """Speed against plain vLLM: a row a case, a column a load, eager and compiled."""
+    results = [_result("serving_overhead"), _result("serving_overhead_compiled")]
+    first = results[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    heads = [
+        f"{'compiled' if result['compiled'] else 'eager'}, {load}"
+        for result in results
+        for load in LOADS.values()
+    ]
     lines = [
-        f"Tokens/s relative to plain vLLM ({mode}, float32, {result['n_features']:,} features, "
-        f"medians of {result['rounds']} interleaved rounds; {result['hardware']}; {versions}; "
-        f"{result['date']}):",
+        f"Tokens/s relative to plain vLLM (float32, {first['n_features']:,} features, medians of "
+        f"{first['rounds']} interleaved rounds; {first['hardware']}; {versions}; {first['date']}):",
         "",
-        "| | " + " | ".join(LOADS.values()) + " |",
-        "|---|" + "---|" * len(LOADS),
+        f"| | {' | '.join(heads)} |",
+        "|---|" + "---|" * len(heads),
     ]
     for case, name in CASES.items():
-        cells = [f"{result[load][case]:.2f}" for load in LOADS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = [f"{result[load][case]:.2f}" for result in results for load in LOADS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-TABLES = {"serving_overhead": serving_overhead, "serving_overhead_compiled": serving_overhead}
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+TABLES = {"serving_overhead": serving_overhead}
 
 
 def filled(readme: str) -> str:
     """The README with every table between its markers made anew."""
     for name, table in TABLES.items():
-        content = table(json.loads((RESULTS / f"{name}.json").read_text()))
+        content = table()
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(
             pattern, lambda match, text=content: f"{match[1]}{text}\n{match[2]}", readme, flags=re.S

@@ -127,9 +127,7 @@ def show_metrics(port: int) -> None:
     wanted = (
         "steer_feature_info{",
         "steer_feature_activation_count",
-        "steer_feature_activation_sum",
         "steer_edit_tokens_total",
-        "steer_requests_total",
         "steer_tokens_total",
         "vllm:generation_tokens_total",
     )
