@@ -56,3 +56,4 @@ check: setup ## formatting, lint, types, import rules, protos
 bench: model ## benchmarks; results as JSON in build/
 	mkdir -p build
 	$(BIN)/python benchmarks/serving_overhead.py --json build/serving_overhead.json
+	$(BIN)/python benchmarks/serving_overhead.py --compiled --json build/serving_overhead_compiled.json
