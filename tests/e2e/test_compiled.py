@@ -1,4 +1,4 @@
-"""With torch.compile on, and a compile cache that a run without edits has filled before."""
+"""With torch.compile on, and a compile cache that plain vLLM and a server of another site have filled before."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +12,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from steer_server.dictionary.edits import Ablate, AddRelative
 from steer_server.dictionary.files import StoredDictionary
+from steer_server.dictionary.site import Site
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.program import ReadOut
 from tests.conftest import SITE
@@ -25,13 +26,12 @@ EDITS = (AddRelative(9, 0.5), *(Ablate(feature) for feature in range(100, 900, 1
 
 
 @asynccontextmanager
-async def started(model: Path, stored: StoredDictionary) -> AsyncIterator[VllmEngine]:
+async def started(model: Path, site: Site = SITE) -> AsyncIterator[VllmEngine]:
     settings = EngineSettings(
-        str(model), (SITE,), max_model_len=512, max_num_seqs=4, dtype="float32", kv_cache_gib=1
+        str(model), (site,), max_model_len=512, max_num_seqs=4, dtype="float32", kv_cache_gib=1
     )
     engine = await VllmEngine.start(settings)
     try:
-        await engine.add_dictionary("random", stored)
         yield engine
     finally:
         await engine.shutdown()
@@ -60,12 +60,13 @@ async def test_compiled_models_keep_the_op_through_warm_and_foreign_compile_cach
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     steered = program(EDITS, ReadOut("random", top_k=8))
-    prompt = None
-    for start in ("after plain vLLM", "with its own warm cache"):
-        if prompt is None:
-            prompt = reference.tokenize(IOI)
-            await run_plain_vllm(model_path, prompt)
-        async with started(model_path, random_dictionary) as engine:
+    prompt = reference.tokenize(IOI)
+    await run_plain_vllm(model_path, prompt)
+    async with started(model_path, Site("resid_post", SITE.layer - 5)) as engine:
+        await run(engine, "at another site", prompt, tokens=2)
+    for start in ("after other models", "with its own warm cache"):
+        async with started(model_path) as engine:
+            await engine.add_dictionary("random", random_dictionary)
             before = await engine.op_calls()
             outcome = await run(engine, start, prompt, steered)
             plain = await run(engine, start + ", no edits", prompt)
