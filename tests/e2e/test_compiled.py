@@ -16,6 +16,7 @@ from steer_server.dictionary.site import Site
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.program import ReadOut
 from tests.conftest import SITE
+from tests.e2e import test_engine
 from tests.e2e.helpers import IOI, program, run
 from tests.e2e.reference import Reference
 from tests.e2e.test_engine import assert_same, from_one
@@ -75,3 +76,20 @@ async def test_compiled_models_keep_the_op_through_warm_and_foreign_compile_cach
             assert_same(outcome, reference.generate(prompt, 16, from_one(EDITS)))
             assert_same(plain, reference.generate(prompt, 16, from_one(())))
             assert list(outcome.features()) == list(range(len(prompt) + 15))
+            if start == "with its own warm cache":
+                await assert_like_eager(engine, reference, random_dictionary)
+
+
+async def assert_like_eager(
+    engine: VllmEngine, reference: Reference, stored: StoredDictionary
+) -> None:
+    """The eager engine's tests that do not depend on its settings."""
+    for name in test_engine.PROGRAMS:
+        await test_engine.test_edits_equal_a_transformers_hook(engine, reference, name)
+    await test_engine.test_a_mixed_batch_gives_each_request_its_own_program(engine, reference)
+    await test_engine.test_steered_neighbours_leave_plain_requests_bit_identical(engine)
+    for plain_first in (True, False):
+        await test_engine.test_the_prefix_cache_never_mixes_programs(engine, reference, plain_first)
+    await test_engine.test_read_out_equals_the_reference_for_prompt_and_generated_tokens(
+        engine, reference, stored
+    )

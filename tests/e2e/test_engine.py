@@ -193,10 +193,11 @@ async def test_read_out_equals_the_reference_for_prompt_and_generated_tokens(
         values, indices = row.topk(32)
         want = {int(i): float(v) for i, v in zip(indices, values, strict=True) if v > 0}
         assert set(top[position]) == set(want)
-        assert top[position] == pytest.approx(want, abs=1e-3)
+        # Position 0 has activations above 3,000, of which a float32 knows no thousandths.
+        assert top[position] == pytest.approx(want, abs=1e-3, rel=2e-6)
         want = {i: float(row[i]) for i in features if row[i] > 1e-3}
         got = {i: value for i, value in named[position].items() if value > 1e-3}
-        assert got == pytest.approx(want, abs=1e-3)
+        assert got == pytest.approx(want, abs=1e-3, rel=2e-6)
 
 
 async def test_read_out_reports_every_prompt_token_even_when_the_prefix_is_cached(
