@@ -65,7 +65,7 @@ class EngineSettings:
     max_num_batched_tokens: int | None = None
     dtype: str = "auto"
     enforce_eager: bool = False
-    """Skip torch.compile: starts in a third of the time, decodes slower."""
+    """Skip torch.compile: starts sooner and needs no C++ compiler."""
     kv_cache_gib: int = 4
     """On CPU; on CUDA vLLM takes its share of the device memory."""
 
