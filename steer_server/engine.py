@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
@@ -20,16 +20,14 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_server import __version__
 from steer_server.dictionary.card import model_shape
-from steer_server.dictionary.edits import AddRelative
+from steer_server.dictionary.edits import Clamp
 from steer_server.dictionary.files import StoredDictionary, check_model
 from steer_server.dictionary.site import Site
 from steer_server.errors import (
     DictionaryMismatch,
-    DictionaryNotFound,
     EditNotApplied,
     EngineUnavailable,
     InvalidRequest,
-    Overloaded,
     UnsupportedVllm,
 )
 from steer_server.generation import (
@@ -41,10 +39,15 @@ from steer_server.generation import (
     Tokenizer,
 )
 from steer_server.program import FeatureEdit, Program, ReadOut, Scope
+from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
-from steer_server.vllm_plugin.wire import KEY, StepResult, program_to_wire
+from steer_server.vllm_plugin.frontend import LIVE, Frontend, SlotLoad, attach
+from steer_server.vllm_plugin.report import StepResult
+from steer_server.vllm_plugin.sentinel import sentinel
 
-MAX_REVISIONS = 256
+_SENTINEL = 50.0
+"""An activation that no model has by chance in a random direction."""
+_TEST_PROMPT = tuple(range(10, 18))
 _DEAD = "the engine has died; the server must be restarted"
 _WORKERS = {
     "cpu": "steer_server.vllm_plugin.worker.SteerCPUWorker",
@@ -68,16 +71,8 @@ class EngineSettings:
     """Skip torch.compile: starts sooner and needs no C++ compiler."""
     kv_cache_gib: int = 4
     """On CPU; on CUDA vLLM takes its share of the device memory."""
-
-
-@dataclass
-class _Live:
-    """A running generation whose program may be updated."""
-
-    known: bool = False
-    """The worker has begun it; before, it could not find the request."""
-    deferred: list[Program] = field(default_factory=list)
-    """Updates that came before."""
+    edit_slots: int = 1024
+    """Features that running requests may edit at a site, all together; more wait their turn."""
 
 
 class VllmEngine:
@@ -91,12 +86,14 @@ class VllmEngine:
         self._llm = llm
         self._stopped = False
         self._settings = settings
+        self._d_model = config.get_hidden_size()
         self._model_config = model_shape(config.hf_text_config)
-        self._dictionaries: dict[str, StoredDictionary] = {}
-        self._accounts: dict[str, Account] = {}
-        self._live: dict[str, _Live] = {}
+        self._frontend = Frontend(settings.sites, settings.edit_slots, self._admitted)
+        self._running: set[str] = set()
+        self._live: dict[str, asyncio.Event] = {}
+        """Generations that may be updated; the event says that vLLM has taken the request in."""
         self._update_lock = asyncio.Lock()
-        _intercept(llm, self._accounts)
+        attach(llm.output_processor, self._frontend)
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> Self:
@@ -123,92 +120,91 @@ class VllmEngine:
             )
         folder = str(stored.folder.resolve())
         await self._llm.collective_rpc("steer_load", args=(name, folder, stored.card.arithmetic))
-        self._dictionaries[name] = stored
+        self._frontend.dictionaries[name] = stored
+
+    @property
+    def slot_load(self) -> SlotLoad:
+        """How full the slots were when the engine last reported."""
+        return self._frontend.load
 
     async def self_test(self) -> None:
-        """Writes with every dictionary and sees it in the output; EditNotApplied if not.
+        """Writes a sentinel at every site, reads it back and sees it in the output; EditNotApplied if not.
 
-        It proves that the op runs and that its writes arrive, not that x is what the dictionary was trained on.
+        It proves that the model, as compiled, calls the op at each site, that what is read there is what is written,
+        and that later layers see it.
         """
-        prompt = tuple(range(10, 18))
-        plain = await self._first_logprob(prompt, Program())
-        for name, stored in self._dictionaries.items():
-            edit = FeatureEdit(name, AddRelative(0, 1.0), Scope(exclude_positions=frozenset()))
-            program = Program((edit,), (ReadOut(name, top_k=1),))
-            edited = await self._first_logprob(prompt, program)
-            if edited == plain or not math.isfinite(edited):
-                raise EditNotApplied(
-                    f"self-test: an edit of dictionary {name!r} at {stored.card.site} did not reach the "
-                    f"output: log-probability {plain} without it, {edited} with it"
-                )
+        dictionaries = self._frontend.dictionaries
+        for site in self._settings.sites:
+            stored = sentinel(site, self._d_model)
+            name = stored.card.name
+            await self._llm.collective_rpc("steer_sentinel", args=(str(site),))
+            dictionaries[name] = stored
+            try:
+                await self._test_site(name, site)
+            finally:
+                del dictionaries[name]
+                await self._llm.collective_rpc("steer_unload", args=(name,))
+
+    async def _test_site(self, name: str, site: Site) -> None:
+        reads = (ReadOut(name, features=(0,)), ReadOut(name, features=(0,), edited=True))
+        everywhere = Scope(exclude_positions=frozenset())
+        edit = FeatureEdit(name, Clamp(0, _SENTINEL), everywhere)
+        plain, _ = await self._first_token(Program())
+        edited, found = await self._first_token(Program((edit,), reads))
+        before, after = (found.get(read_out, []) for read_out in (0, 1))
+        wrong = [value for value in after[1:] if abs(value - _SENTINEL) > 0.1 * _SENTINEL]
+        if wrong or len(after) != len(_TEST_PROMPT) or before == after:
+            raise EditNotApplied(
+                f"self-test: {_SENTINEL} was written at {site}, {after} was read there, {before} before it"
+            )
+        if edited == plain or not math.isfinite(edited):
+            raise EditNotApplied(
+                f"self-test: an edit at {site} did not reach the output: log-probability {plain} without it, "
+                f"{edited} with it"
+            )
 
     async def generate(self, generation: Generation) -> AsyncIterator[StepOutput]:
-        name, program = generation.request_id, generation.program
-        self._check(program)
-        if name in self._accounts:
+        name = generation.request_id
+        if name in self._running:
             raise InvalidRequest(f"request id {name!r} is in use", field="request_id")
-        account = Account(len(generation.prompt_token_ids), [program])
-        self._accounts[name] = account
+        self._running.add(name)
         if generation.live:
-            self._live[name] = _Live()
-        index = 0
+            self._live[name] = asyncio.Event()
+        index, account = 0, None
         try:
-            stream = self._llm.generate(self._prompt(generation), _parameters(generation), name)
+            prompt = TokensPrompt(prompt_token_ids=list(generation.prompt_token_ids))
+            stream = self._llm.generate(prompt, _parameters(generation), name)
             async with aclosing(stream) as outputs:
                 async for output in outputs:
+                    account = account or self._frontend.account(name)
                     step = _step(output, index, account)
                     index += len(step.token_ids)
-                    if generation.live:
-                        await self._send_deferred(name)
                     yield step
         except EngineDeadError as error:
             raise EngineUnavailable(_DEAD) from error
         finally:
-            self._accounts.pop(name, None)
-            self._live.pop(name, None)
+            self._running.discard(name)
+            if name in self._live:
+                self._live.pop(name).set()
 
     async def update(self, request_id: str, program: Program) -> int:
-        self._check(program)
-        # Revisions reach the worker in the order in which they are counted.
+        # Revisions reach the scheduler in the order in which they are counted.
         async with self._update_lock:
-            live = self._live.get(request_id)
-            if live is None:
+            if request_id in self._live:
+                await self._live[request_id].wait()
+            if request_id not in self._live:
                 raise InvalidRequest(
                     f"generation {request_id!r} is not live or has ended; its edits cannot change"
                 )
-            account = self._accounts[request_id]
-            if len(account.programs) > MAX_REVISIONS:
-                raise Overloaded(
-                    f"a generation takes at most {MAX_REVISIONS} updates; go on in a new one"
-                )
-            revision = account.add_revision(program)
-            if not live.known:
-                live.deferred.append(program)
-            elif not await self._send(request_id, program):
-                raise InvalidRequest(
-                    f"generation {request_id!r} has ended; its edits cannot change"
-                )
+            revision, message = self._frontend.update(request_id, program)
+            try:
+                await self._llm.engine_core.add_request_async(message)
+            except EngineDeadError as error:
+                raise EngineUnavailable(_DEAD) from error
         return revision
 
-    async def _send(self, request_id: str, program: Program) -> bool:
-        """Whether the worker, who applies the update in its next step, still has the request."""
-        content = program_to_wire(program)
-        try:
-            found = await self._llm.collective_rpc("steer_update", args=(request_id, content))
-        except EngineDeadError as error:
-            raise EngineUnavailable(_DEAD) from error
-        return all(found)
-
-    async def _send_deferred(self, request_id: str) -> None:
-        live = self._live[request_id]
-        if not live.known:
-            async with self._update_lock:
-                live.known = True
-                for program in live.deferred:
-                    await self._send(request_id, program)
-
-    async def op_calls(self) -> int:
-        """How often the model has called the op since it was loaded."""
+    async def op_calls(self) -> list[int]:
+        """How often the model has called the op since it was loaded, by site."""
         return (await self._llm.collective_rpc("steer_op_calls"))[0]
 
     async def shutdown(self) -> None:
@@ -218,27 +214,19 @@ class VllmEngine:
             # vLLM shuts down once more when it is collected, which must not be at the interpreter's end.
             del self._llm
 
-    def _check(self, program: Program) -> None:
-        for entry in (*program.edits, *program.read_outs):
-            if entry.dictionary not in self._dictionaries:
-                raise DictionaryNotFound(f"no dictionary {entry.dictionary!r} is resident")
+    def _admitted(self, name: str) -> None:
+        if name in self._live:
+            self._live[name].set()
 
-    def _prompt(self, generation: Generation) -> TokensPrompt:
-        prompt = TokensPrompt(prompt_token_ids=list(generation.prompt_token_ids))
-        hashes = {name: stored.card.arithmetic for name, stored in self._dictionaries.items()}
-        nonce = uuid.uuid4().hex if generation.live else ""
-        salt = generation.program.cache_salt(hashes, nonce)
-        if salt is not None:
-            prompt["cache_salt"] = salt
-        return prompt
-
-    async def _first_logprob(self, prompt: tuple[int, ...], program: Program) -> float:
+    async def _first_token(self, program: Program) -> tuple[float, dict[int, list[float]]]:
+        """The log-probability of the first token, and the values read by read-out."""
         sampling = Sampling(max_tokens=1, temperature=0.0, logprobs=True)
         request_id = f"self-test-{uuid.uuid4().hex}"
-        async for step in self.generate(Generation(request_id, prompt, sampling, program)):
-            if program.read_outs and not any(len(rows.positions) for rows in step.activations):
-                raise EditNotApplied("self-test: a read-out returned no rows")
-            return step.logprobs[0]
+        found: dict[int, list[float]] = {}
+        async for step in self.generate(Generation(request_id, _TEST_PROMPT, sampling, program)):
+            for rows in step.activations:
+                found.setdefault(rows.read_out, []).extend(rows.values.tolist())
+            return step.logprobs[0], found
         raise EngineUnavailable("self-test: the engine returned nothing")
 
 
@@ -273,7 +261,13 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         async_scheduling=False,
         enable_log_requests=False,
         # Part of vLLM's compile-cache key. Without it vLLM would load a model compiled without the op.
-        additional_config={KEY: {"sites": list(map(str, settings.sites)), "version": __version__}},
+        additional_config={
+            KEY: {
+                "sites": list(map(str, settings.sites)),
+                "slots": settings.edit_slots,
+                "version": __version__,
+            }
+        },
         **{key: value for key, value in optional.items() if value is not None},
     )
 
@@ -286,30 +280,11 @@ def _set_environment(settings: EngineSettings) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
 
 
-def _intercept(llm: AsyncLLM, accounts: dict[str, Account]) -> None:
-    """Takes the step results out of vLLM's outputs before it merges those of a slow reader."""
-    processor = llm.output_processor
-    process = processor.process_outputs
-
-    def process_outputs(outputs: list[Any], *rest: Any, **named: Any) -> Any:
-        for output in outputs:
-            results = (output.kv_transfer_params or {}).pop(KEY, None)
-            state = processor.request_states.get(output.request_id)
-            if results is not None and state is not None:
-                account = accounts.get(state.external_req_id)
-                if account is not None:
-                    account.receive(results)
-        return process(outputs, *rest, **named)
-
-    processor.process_outputs = process_outputs  # type: ignore[method-assign]
-
-
 def _parameters(generation: Generation) -> SamplingParams:
     sampling, program = generation.sampling, generation.program
     extra: dict[str, Any] | None = None
     if program != Program() or generation.live:
-        extra = {KEY: program_to_wire(program) | {"name": generation.request_id}}
-    complete = any(entry.prompt and entry.complete for entry in program.read_outs)
+        extra = {KEY: program, LIVE: generation.live}
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
@@ -320,31 +295,29 @@ def _parameters(generation: Generation) -> SamplingParams:
         ignore_eos=sampling.ignore_eos,
         logprobs=0 if sampling.logprobs else None,
         extra_args=extra,
-        # Cached prompt tokens are never computed, so they could not be read.
-        skip_reading_prefix_cache=True if complete else None,
         output_kind=RequestOutputKind.DELTA,
     )
 
 
-def _step(output: Any, index: int, account: Account) -> StepOutput:
+def _step(output: Any, index: int, account: Account | None) -> StepOutput:
     completion = output.outputs[0]
     token_ids = tuple(completion.token_ids)
-    results = account.take()
+    results = account.take() if account else []
     logprobs = completion.logprobs or ()
     finish = None
     if output.finished:
-        generated = index + len(token_ids)
         cached = output.num_cached_tokens or 0
         reason = FinishReason(completion.finish_reason)
-        reports = account.close(generated) if reason is not FinishReason.ABORT else ()
-        finish = Finish(reason, account.prompt_length, generated, cached, reports)
+        reports = account.close() if account and reason is not FinishReason.ABORT else ()
+        prompt_tokens = len(output.prompt_token_ids)
+        finish = Finish(reason, prompt_tokens, index + len(token_ids), cached, reports)
     return StepOutput(
         index,
         token_ids,
         completion.text,
         tuple(entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=False)),
         tuple(rows for result in results for rows in result.rows),
-        account.applied(results),
+        account.applied(results) if account else (),
         _seconds(results),
         finish,
     )

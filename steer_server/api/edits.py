@@ -1,25 +1,22 @@
 """Edits and scopes between proto and domain: checked, with every strength resolved to activations."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from steer.v1 import edits_pb2
 
+from steer_server.admission import MAX_EDITS
 from steer_server.dictionary import edits as domain
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import (
     ConflictingEdits,
-    DictionaryMismatch,
     InvalidRequest,
     UnknownFeature,
 )
 from steer_server.program import FeatureEdit, Scope
 from steer_server.registry import Registry
+from steer_server.units import Unit, finite, in_activations
 
-MAX_EDITS = 64
 MAX_EXCLUDED = 1024
-
-_FLOAT32_MAX = 3.4028234663852886e38
 
 
 def read_edits(
@@ -50,19 +47,12 @@ def check_scopes(
     """Each edit holds at one of the positions that the generation computes, or is refused."""
     rows = prompt_length + max_tokens - 1
     for index, entry in enumerate(edits):
-        if not _holds_somewhere(entry.scope, prompt_length, rows):
+        if not entry.scope.mask(0, rows, prompt_length).any():
             raise InvalidRequest(
                 f"holds at none of the positions 0..{rows - 1} that this request computes; "
                 "a default scope leaves out position 0",
                 field=f"{path}[{index}].scope",
             )
-
-
-def _holds_somewhere(scope: Scope, prompt_length: int, rows: int) -> bool:
-    first = 0 if scope.prompt else prompt_length
-    last = rows if scope.generated else prompt_length
-    excluded = sum(first <= position < last for position in scope.exclude_positions)
-    return last - first > excluded
 
 
 def read_phases(phases: Sequence[int], path: str) -> tuple[bool, bool]:
@@ -119,47 +109,33 @@ def _read_kind(message: edits_pb2.Edit, stored: StoredDictionary, path: str) -> 
             return domain.Clamp(feature, _strength(message.clamp, stored, feature, f"{path}.clamp"))
         case "scale":
             factor = message.scale.factor
-            return domain.Scale(feature, _finite(factor, f"{path}.scale.factor"))
+            return domain.Scale(feature, finite(factor, field=f"{path}.scale.factor"))
         case "add" if message.add.unit == edits_pb2.UNIT_RELATIVE_NORM:
-            return domain.AddRelative(feature, _finite(message.add.value, f"{path}.add.value"))
+            return domain.AddRelative(feature, finite(message.add.value, field=f"{path}.add.value"))
         case "add":
             return domain.Add(feature, _strength(message.add, stored, feature, f"{path}.add"))
         case _:
             raise InvalidRequest("set one of ablate, clamp, scale and add", field=f"{path}.kind")
 
 
+_UNITS = {
+    edits_pb2.UNIT_ACTIVATION: Unit.ACTIVATION,
+    edits_pb2.UNIT_MAX_ACTIVATION_MULTIPLE: Unit.MAX_ACTIVATION_MULTIPLE,
+    edits_pb2.UNIT_DECODER_COEFFICIENT: Unit.DECODER_COEFFICIENT,
+}
+
+
 def _strength(
     amount: edits_pb2.Clamp | edits_pb2.Add, stored: StoredDictionary, feature: int, path: str
 ) -> float:
     """The amount in activations; one too large for a float32 is refused."""
-    value = _finite(amount.value, f"{path}.value")
-    match amount.unit:
-        case edits_pb2.UNIT_ACTIVATION:
-            return value
-        case edits_pb2.UNIT_MAX_ACTIVATION_MULTIPLE:
-            largest = float(stored.statistics.max[feature])
-            if largest <= 0:
-                raise DictionaryMismatch(
-                    f"feature {feature} of {stored.card.name!r} never fired in its training text, so "
-                    "it has no largest activation; use UNIT_ACTIVATION",
-                    field=f"{path}.unit",
-                )
-            return _finite(value * largest, f"{path}.value")
-        case edits_pb2.UNIT_DECODER_COEFFICIENT:
-            # x gains (f' - f) W_dec / input_scale; the coefficient counts W_dec as stored.
-            return _finite(value * stored.card.input_scale, f"{path}.value")
-        case edits_pb2.UNIT_UNSPECIFIED:
-            raise InvalidRequest("required: say what the value counts", field=f"{path}.unit")
-        case _:
-            unit = amount.unit
-            known = edits_pb2.Unit.Name(unit) if unit in edits_pb2.Unit.values() else unit
-            raise InvalidRequest(f"{known} has no meaning here", field=f"{path}.unit")
-
-
-def _finite(value: float, path: str) -> float:
-    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
-        raise InvalidRequest(f"{value} is not a finite float32", field=path)
-    return value
+    unit = amount.unit
+    if unit == edits_pb2.UNIT_UNSPECIFIED:
+        raise InvalidRequest("required: say what the value counts", field=f"{path}.unit")
+    if unit not in _UNITS:
+        known = edits_pb2.Unit.Name(unit) if unit in edits_pb2.Unit.values() else unit
+        raise InvalidRequest(f"{known} has no meaning here", field=f"{path}.unit")
+    return in_activations(amount.value, _UNITS[unit], stored, feature, field=path)
 
 
 def _read_scope(message: edits_pb2.Scope, max_model_len: int, path: str) -> Scope:
@@ -176,7 +152,7 @@ def _read_scope(message: edits_pb2.Scope, max_model_len: int, path: str) -> Scop
                 f"position {position} is not in the model's context, 0..{max_model_len - 1}",
                 field=f"{where}[{index}]",
             )
-    return Scope(prompt, generated, frozenset(positions))
+    return Scope(prompt, generated, exclude_positions=frozenset(positions))
 
 
 def _write_edit(entry: FeatureEdit) -> edits_pb2.Edit:

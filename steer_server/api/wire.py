@@ -2,19 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2
 
+from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_TOP_K
 from steer_server.api.edits import check_feature, check_scopes, read_edits, read_phases
 from steer_server.errors import InvalidRequest, PromptTooLong
 from steer_server.generation import Engine, Sampling
 from steer_server.program import Program, ReadOut
 from steer_server.registry import Registry
 
-MAX_READ_OUTS = 8
-MAX_FEATURES = 256
-MAX_TOP_K = 128
 MAX_STOPS = 16
 MAX_TEMPERATURE = 2.0
 
@@ -55,7 +53,7 @@ def read_encode(
                 field=f"read_outs[{index}].phases",
             )
     read_outs = tuple(
-        ReadOut(entry.dictionary, entry.top_k, entry.features, prompt=True, generated=False)
+        replace(entry, prompt=True, generated=False)
         for entry in _read_read_outs(message.read_outs, registry, "read_outs")
     )
     return ResolvedRequest(
@@ -165,4 +163,4 @@ def _read_read_out(message: activations_pb2.ReadOut, registry: Registry, path: s
                 raise InvalidRequest("names a feature twice", field=where)
         case _:
             raise InvalidRequest("set one of top_k and features", field=f"{path}.selection")
-    return ReadOut(message.dictionary, top_k, features, prompt, generated)
+    return ReadOut(message.dictionary, top_k, features, prompt=prompt, generated=generated)

@@ -87,12 +87,18 @@ class Card:
     d_model: int
     n_features: int
     architecture: str
-    """`tied_relu` (the paper's), `relu` or `directions`."""
+    """`tied_relu` (the paper's), `relu`, `jump_relu`, `gated`, `top_k`, `batch_top_k`, `matryoshka` or `directions`.
+
+    It says where the weights come from; what they do is `activation`.
+    """
     activation: str
+    """An `Activation`."""
     input_scale: float
     center_input: bool
     dtype: str
     self_test: SelfTest
+    k: int = 0
+    """Active features per token of a TopK dictionary; 0 for all others."""
     quality: Quality | None = None
     training: dict[str, Any] = field(default_factory=dict)
     """Corpus, tokens, context length, special-token policy, seed, full trainer config, code version."""
@@ -109,6 +115,7 @@ class Card:
     def arithmetic(self) -> str:
         """Digest of everything that decides what an edit does to x: equal for equal results only."""
         parts = [self.sha256, str(self.site), self.activation, self.input_scale, self.center_input]
+        parts += [self.k]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -15,12 +15,13 @@ class Activation(StrEnum):
     """phi in `f = phi(z)`."""
 
     RELU = "relu"
+    """`f = max(z, 0)`."""
+    JUMP_RELU = "jump_relu"
+    """`f = z` where it exceeds the feature's threshold (at least 0), else 0. BatchTopK at inference, too."""
+    TOP_K = "top_k"
+    """`f = max(z, 0)` for the k largest z of a token, else 0. It takes all features to know one."""
     IDENTITY = "identity"
-
-    @property
-    def threshold(self) -> float:
-        """`f = z` above it, 0 elsewhere."""
-        return 0.0 if self is Activation.RELU else float("-inf")
+    """`f = z`."""
 
 
 class FeatureRows(NamedTuple):
@@ -39,8 +40,17 @@ class FeatureRows(NamedTuple):
         return FeatureRows(*(tensor[index] for tensor in self))
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch features"]:
+        """The activations at `x`; of a TopK dictionary those before the k largest are chosen."""
         z = torch.nn.functional.linear(x, self.encoder, self.bias)
         return torch.where(z > self.threshold, z, 0.0)
+
+
+def keep_largest(
+    f: Float[Tensor, "*batch n_features"], k: int
+) -> Float[Tensor, "*batch n_features"]:
+    """`f` with all but the `k` largest of each row set to 0."""
+    values, features = f.topk(min(k, f.shape[-1]), dim=-1)
+    return torch.zeros_like(f).scatter(-1, features, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +61,8 @@ class Dictionary:
         z     = (s x - c) W_enc + b_enc,   s = input_scale, c = b_dec if center_input else 0
         f     = phi(z)
         x_hat = (f W_dec + b_dec) / s
+
+    `threshold` belongs to JUMP_RELU and compares with z; `k` to TOP_K.
 
     Tied and row-normalised (W_enc = W_dec.T, phi = ReLU, b_dec = 0) it is the dictionary of
     "Sparse Autoencoders Find Highly Interpretable Features in Language Models", section 2. With
@@ -64,6 +76,14 @@ class Dictionary:
     activation: Activation = Activation.RELU
     input_scale: float = 1.0
     center_input: bool = False
+    threshold: Float[Tensor, " n_features"] | None = None
+    k: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.activation is Activation.JUMP_RELU):
+            raise ValueError("a threshold goes with jump_relu, and with nothing else")
+        if (self.k > 0) != (self.activation is Activation.TOP_K):
+            raise ValueError("k goes with top_k, and with nothing else")
 
     @classmethod
     def tied(
@@ -74,6 +94,33 @@ class Dictionary:
     ) -> "Dictionary":
         """The paper's dictionary; `rows` are the features, already of unit norm."""
         return cls(rows.T, b_enc, rows, rows.new_zeros(rows.shape[1]), input_scale=input_scale)
+
+    @classmethod
+    def gated(
+        cls,
+        W_gate: Float[Tensor, "d_model n_features"],
+        b_gate: Float[Tensor, " n_features"],
+        r_mag: Float[Tensor, " n_features"],
+        b_mag: Float[Tensor, " n_features"],
+        W_dec: Float[Tensor, "n_features d_model"],
+        b_dec: Float[Tensor, " d_model"],
+    ) -> "Dictionary":
+        """The Gated SAE of Rajamanoharan et al. 2024 (arXiv 2404.16014), section 3.2, as a JumpReLU.
+
+        With y = (x - b_dec) W_gate, f = 1[y + b_gate > 0] max(exp(r_mag) y + b_mag, 0). For
+        z = exp(r_mag) y + b_mag the gate is open where z > b_mag - exp(r_mag) b_gate (their appendix E).
+        """
+        gain = r_mag.exp()
+        threshold = (b_mag - gain * b_gate).clamp(min=0.0)
+        return cls(
+            W_gate * gain,
+            b_mag,
+            W_dec,
+            b_dec,
+            Activation.JUMP_RELU,
+            center_input=True,
+            threshold=threshold,
+        )
 
     @classmethod
     def directions(cls, vectors: Float[Tensor, "n_features d_model"]) -> "Dictionary":
@@ -110,19 +157,19 @@ class Dictionary:
             bias = bias - self.b_dec @ self.W_enc
         if self.input_scale != 1.0:
             encoder, decoder = encoder * self.input_scale, decoder / self.input_scale
-        threshold = torch.full_like(self.b_enc, self.activation.threshold)
-        return FeatureRows(encoder, bias, threshold, decoder)
+        return FeatureRows(encoder, bias, self._thresholds(), decoder)
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
         """The features' activations at `x`."""
-        return self.rows.encode(x)
+        f = self.rows.encode(x)
+        return keep_largest(f, self.k) if self.k else f
 
     def encode_features(
         self, x: Float[Tensor, "*batch d_model"], features: Sequence[int]
     ) -> Float[Tensor, "*batch chosen"]:
-        """As `encode`, for `features` only."""
+        """As `encode`, for `features` only; it encodes no others unless the activation needs them."""
         index = torch.tensor(features, dtype=torch.int64, device=self.W_dec.device)
-        return self.rows.take(index).encode(x)
+        return self.encode(x)[..., index] if self.k else self.rows.take(index).encode(x)
 
     def decode(self, f: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction `x_hat` of the vectors whose activations are `f`."""
@@ -140,4 +187,13 @@ class Dictionary:
             self.activation,
             self.input_scale,
             self.center_input,
+            None if self.threshold is None else self.threshold.to(dtype),
+            self.k,
         )
+
+    def _thresholds(self) -> Float[Tensor, " n_features"]:
+        """`f = z` above it, 0 elsewhere; for TopK among the k largest."""
+        if self.threshold is not None:
+            return self.threshold
+        lowest = float("-inf") if self.activation is Activation.IDENTITY else 0.0
+        return torch.full_like(self.b_enc, lowest)

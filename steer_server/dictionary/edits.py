@@ -1,5 +1,6 @@
 """Edits of features, and the one arithmetic that applies them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_server.dictionary.dictionary import Dictionary, FeatureRows
+from steer_server.dictionary.dictionary import Dictionary
 from steer_server.errors import ConflictingEdits, UnknownFeature
 
 
@@ -51,63 +52,109 @@ class AddRelative:
     share: float
 
 
-Edit = Ablate | Clamp | Scale | Add | AddRelative
+@dataclass(frozen=True)
+class Limit:
+    """The feature's activation is brought into [low, high]; inside it stays to the bit."""
+
+    feature: int
+    low: float = -math.inf
+    high: float = math.inf
+
+
+@dataclass(frozen=True)
+class Patch:
+    """At each listed position the feature's activation becomes the value recorded for it."""
+
+    feature: int
+    values: tuple[tuple[int, float], ...]
+    """(position, activation), each position once; negative ones count from the prompt's end."""
+
+
+Edit = Ablate | Clamp | Scale | Add | AddRelative | Limit | Patch
 
 
 class Coefficients(NamedTuple):
-    """Edits as numbers: `f' - f = gain f + offset + share |x| / |decoder row|`."""
+    """Edits as numbers; each may be a tensor that broadcasts against the activations.
 
-    gain: float
-    offset: float
-    share: float
+    `f' - f = gain f + offset + share |x| / |decoder row| + (min(max(f, low), high) - f)`
+    """
+
+    gain: float | Tensor
+    offset: float | Tensor
+    share: float | Tensor
+    low: float | Tensor
+    high: float | Tensor
 
 
-def coefficients(edit: Edit) -> Coefficients:
-    """The affine form of `edit`."""
+def coefficients(edit: Edit, position: int = 0) -> Coefficients:
+    """The affine form of `edit`; a Patch has one per position, which must be one of its own."""
+    gain = offset = share = 0.0
+    low, high = -math.inf, math.inf
     match edit:
         case Ablate():
-            return Coefficients(-1.0, 0.0, 0.0)
+            gain = -1.0
         case Clamp(_, value):
-            return Coefficients(-1.0, value, 0.0)
+            gain, offset = -1.0, value
         case Scale(_, factor):
-            return Coefficients(factor - 1.0, 0.0, 0.0)
+            gain = factor - 1.0
         case Add(_, value):
-            return Coefficients(0.0, value, 0.0)
+            offset = value
         case AddRelative(_, share):
-            return Coefficients(0.0, 0.0, share)
+            pass
+        case Limit(_, low, high):
+            pass
+        case Patch(_, values):
+            gain, offset = -1.0, dict(values)[position]
+    return Coefficients(gain, offset, share, low, high)
 
 
 def activation_change(
-    x: Float[Tensor, "tokens d_model"],
+    f: Float[Tensor, "tokens features"],
     x_norm: Float[Tensor, "tokens 1"],
-    rows: FeatureRows,
-    gain: Float[Tensor, "*tokens features"],
-    offset: Float[Tensor, "*tokens features"],
-    share: Float[Tensor, "*tokens features"],
+    decoder_norm: Float[Tensor, "*tokens features"],
+    table: Coefficients,
+    *,
+    limited: bool = True,
 ) -> Float[Tensor, "tokens features"]:
     """`f' - f` of the edited features; the coefficients may differ from token to token.
 
-    A feature with zero coefficients at a token changes by exactly 0 there.
+    Exactly 0 where the coefficients ask for nothing. `limited` is False if no edit has a finite low or high.
     """
-    return gain * rows.encode(x) + offset + share * (x_norm / rows.decoder.norm(dim=-1))
+    change = table.gain * f + table.offset + table.share * (x_norm / decoder_norm)
+    if limited:
+        change = change + (f.clamp(torch.as_tensor(table.low), torch.as_tensor(table.high)) - f)
+    return change
 
 
 def edit_delta(
-    dictionary: Dictionary, x: Float[Tensor, "tokens d_model"], edits: Sequence[Edit]
+    dictionary: Dictionary,
+    x: Float[Tensor, "tokens d_model"],
+    edits: Sequence[Edit],
+    positions: Sequence[int] = (),
 ) -> Float[Tensor, "tokens d_model"]:
     """What to add to `x` so that each edited feature takes its target activation.
 
     All activations come from the unedited `x`. Only the edited features move; the rest of `x`,
-    error term included, stays as it was.
+    error term included, stays as it was. `positions` are the tokens'; only a Patch asks for them, and
+    leaves tokens at others alone.
     """
     check_edits(edits, dictionary.n_features)
     if not edits:
         return torch.zeros_like(x)
-    rows = dictionary.rows.take(torch.tensor([edit.feature for edit in edits]))
-    table = x.new_tensor([coefficients(edit) for edit in edits])
+    features = [edit.feature for edit in edits]
+    f = dictionary.encode_features(x, features)
+    decoder = dictionary.rows.decoder[features]
+    table = [[_at(edit, position) for edit in edits] for position in positions or range(len(x))]
+    numbers = x.new_tensor(table).reshape(len(x), len(edits), len(Coefficients._fields))
     x_norm = x.norm(dim=-1, keepdim=True)
-    change = activation_change(x, x_norm, rows, table[:, 0], table[:, 1], table[:, 2])
-    return change @ rows.decoder
+    change = activation_change(f, x_norm, decoder.norm(dim=-1), Coefficients(*numbers.unbind(-1)))
+    return change @ decoder
+
+
+def _at(edit: Edit, position: int) -> Coefficients:
+    if isinstance(edit, Patch) and position not in dict(edit.values):
+        return coefficients(Add(edit.feature, 0.0))
+    return coefficients(edit, position)
 
 
 def check_edits(edits: Sequence[Edit], n_features: int) -> None:

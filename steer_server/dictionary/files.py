@@ -1,7 +1,7 @@
 """The on-disk form of a dictionary: a folder, written whole or not at all, believed only after checks.
 
 dictionary.json        the card
-weights.safetensors    W_dec, b_enc; W_enc unless tied; b_dec unless zero
+weights.safetensors    W_dec, b_enc; W_enc unless tied; b_dec unless zero; threshold of a JumpReLU
 features.safetensors   density, mean, max, quantiles
 features.jsonl         labels and evidence, optional
 """
@@ -72,7 +72,9 @@ def save(
             lines = "".join(entry.to_json() + "\n" for entry in evidence)
             (fresh / EVIDENCE).write_text(lines, encoding="utf-8")
         hashes = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
-        card = replace(card, files=hashes, self_test=self_test(stored.to(torch.float32)))
+        card = replace(
+            card, files=hashes, k=dictionary.k, self_test=self_test(stored.to(torch.float32))
+        )
         (fresh / CARD).write_text(card.to_json(), encoding="utf-8")
         fresh.chmod(0o755)
         for path in fresh.iterdir():
@@ -150,13 +152,25 @@ def _weights(dictionary: Dictionary) -> dict[str, Tensor]:
         weights["W_enc"] = dictionary.W_enc.contiguous()
     if dictionary.b_dec.any():
         weights["b_dec"] = dictionary.b_dec
+    if dictionary.threshold is not None:
+        weights["threshold"] = dictionary.threshold
     return weights
 
 
 def _dictionary(card: Card, weights: dict[str, Tensor]) -> Dictionary:
     F, D = card.n_features, card.d_model
+    try:
+        activation = Activation(card.activation)
+    except ValueError as error:
+        raise CorruptDictionary(f"{card.name!r}: activation {card.activation!r}") from error
     shapes = {"W_dec": (F, D), "b_enc": (F,), "W_enc": (D, F), "b_dec": (D,)}
-    for name in ("W_dec", "b_enc"):
+    required = ["W_dec", "b_enc"]
+    if activation is Activation.JUMP_RELU:
+        shapes["threshold"] = (F,)
+        required.append("threshold")
+    if (activation is Activation.TOP_K) != (0 < card.k <= F):
+        raise CorruptDictionary(f"{card.name!r}: k is {card.k} with activation {activation}")
+    for name in required:
         if name not in weights:
             raise CorruptDictionary(f"{WEIGHTS} of {card.name!r} lacks {name}")
     for name, tensor in weights.items():
@@ -170,10 +184,6 @@ def _dictionary(card: Card, weights: dict[str, Tensor]) -> Dictionary:
     W_dec = weights["W_dec"].float()
     if not W_dec.any(dim=1).all():
         raise CorruptDictionary(f"{WEIGHTS} of {card.name!r}: a row of W_dec is zero")
-    try:
-        activation = Activation(card.activation)
-    except ValueError as error:
-        raise CorruptDictionary(f"{card.name!r}: activation {card.activation!r}") from error
     return Dictionary(
         weights["W_enc"].float() if "W_enc" in weights else W_dec.T,
         weights["b_enc"].float(),
@@ -182,6 +192,8 @@ def _dictionary(card: Card, weights: dict[str, Tensor]) -> Dictionary:
         activation,
         card.input_scale,
         card.center_input,
+        weights["threshold"].float() if "threshold" in weights else None,
+        card.k,
     )
 
 

@@ -2,40 +2,59 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from steer_server.errors import EditNotApplied, EditTooLarge
 from steer_server.generation import EditReport, RevisionApplied
-from steer_server.program import Program, Scope
-from steer_server.vllm_plugin.plan import MAX_RELATIVE_SIZE
-from steer_server.vllm_plugin.wire import EditTally, StepResult
+from steer_server.program import Program
+from steer_server.vllm_plugin.report import EditTally, StepResult
+from steer_server.vllm_plugin.site_edits import MAX_RELATIVE_SIZE
 
 
-@dataclass
-class _Total:
-    rows: int = 0
-    changed: int = 0
-    size: float = 0.0
-    largest: float = 0.0
+class _Totals:
+    """Of the edits of one revision."""
+
+    def __init__(self, edits: int) -> None:
+        self.rows = np.zeros(edits, np.int64)
+        self.changed = np.zeros(edits, np.int64)
+        self.size = np.zeros(edits)
+        self.largest = np.zeros(edits)
+
+    def enter(self, tally: EditTally) -> None:
+        self.rows[tally.edits] += tally.rows
+        self.changed[tally.edits] += tally.changed
+        self.size[tally.edits] += tally.total_size
+        self.largest[tally.edits] = np.maximum(self.largest[tally.edits], tally.max_size)
+
+    def report(self, revision: int, edit: int) -> EditReport:
+        rows = int(self.rows[edit])
+        mean = float(self.size[edit]) / rows if rows else 0.0
+        return EditReport(
+            revision, edit, rows, int(self.changed[edit]), mean, float(self.largest[edit])
+        )
 
 
-@dataclass
+@dataclass(eq=False)
 class Account:
     """Adds up the step results of one generation and closes with the proof that every edit ran."""
 
-    prompt_length: int
+    prompt_token_ids: Sequence[int]
     programs: list[Program]
-    """By revision."""
+    """By revision, resolved."""
     starts: list[int | None] = field(default_factory=lambda: [0])
     """By revision: the first position it held at, as the worker reported; None until then."""
+    token_ids: list[int] = field(default_factory=list)
+    """Generated so far."""
     inbox: list[StepResult] = field(default_factory=list)
-    _skipped: set[int] = field(default_factory=set)
-    """Positions taken from the prefix cache."""
-    _totals: dict[tuple[int, int], _Total] = field(default_factory=dict)
+    _skipped: list[tuple[int, int]] = field(default_factory=list)
+    """Runs of positions taken from the prefix cache."""
+    _totals: dict[int, _Totals] = field(default_factory=dict)
 
-    def receive(self, results: Sequence[list[Any]]) -> None:
-        """Takes in what came with a token; nothing is lost if the reader is slow."""
-        self.inbox += [StepResult.from_wire(result) for result in results]
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt_token_ids)
 
     def add_revision(self, program: Program) -> int:
         """An update is on its way to the worker; the revision it will be."""
@@ -54,12 +73,11 @@ class Account:
                     f"the edits would have moved x by more than {MAX_RELATIVE_SIZE:g} times its length, or "
                     "past the largest number of the model's dtype; use smaller strengths"
                 )
-            for start, stop in result.skipped:
-                self._skipped |= set(range(start, stop))
+            self._skipped += result.skipped
             for revision, position in result.applied:
                 self.starts[revision] = position
             for tally in result.tallies:
-                self._enter(tally)
+                self._of(tally.revision).enter(tally)
         return results
 
     def applied(self, results: Sequence[StepResult]) -> tuple[RevisionApplied, ...]:
@@ -70,48 +88,43 @@ class Account:
             for revision, position in result.applied
         )
 
-    def close(self, generated: int) -> tuple[EditReport, ...]:
+    def close(self) -> tuple[EditReport, ...]:
         """One report per edit and revision that held; EditNotApplied if a row in scope was missed.
 
         Rows from the prefix cache are not computed anew; the last generated token is never read by the model.
         """
-        last_row = self.prompt_length + generated - 1
+        last_row = self.prompt_length + len(self.token_ids) - 1
         held = [revision for revision, start in enumerate(self.starts) if start is not None]
         reports = []
         for revision, following in zip(held, [*held[1:], None], strict=True):
             first = self.starts[revision] or 0
             stop = last_row if following is None else min(last_row, self.starts[following] or 0)
-            edits = self.programs[revision].edits
-            expected = {
-                scope: self._rows_in_scope(scope, first, stop)
-                for scope in {entry.scope for entry in edits}
-            }
-            for index, entry in enumerate(edits):
-                report = self._report(revision, index)
-                if report.tokens_in_scope < expected[entry.scope]:
+            expected = self._expected(revision, first, stop)
+            for index, rows in enumerate(expected):
+                report = self._of(revision).report(revision, index)
+                if report.tokens_in_scope < rows:
                     raise EditNotApplied(
                         f"edit {index} of revision {revision} ran on {report.tokens_in_scope} tokens, "
-                        f"its scope holds {expected[entry.scope]}"
+                        f"its scope holds {rows}"
                     )
                 reports.append(report)
         return tuple(reports)
 
-    def _rows_in_scope(self, scope: Scope, first: int, stop: int) -> int:
-        return sum(
-            scope.holds(position, self.prompt_length)
-            for position in range(first, stop)
-            if position not in self._skipped
-        )
+    def _expected(self, revision: int, first: int, stop: int) -> list[int]:
+        """Rows in scope of each edit among the computed ones of [first, stop)."""
+        computed: NDArray[np.bool_] = np.ones(max(0, stop - first), bool)
+        for start, end in self._skipped:
+            computed[max(0, start - first) : max(0, end - first)] = False
+        ids = [*self.prompt_token_ids, *self.token_ids][first:stop]
+        counted: dict[object, int] = {}
+        expected = []
+        for entry in self.programs[revision].edits:
+            key = (entry.scope, getattr(entry.edit, "values", None))
+            if key not in counted:
+                mask = entry.mask(first, max(first, stop), self.prompt_length, ids)
+                counted[key] = int((mask & computed).sum())
+            expected.append(counted[key])
+        return expected
 
-    def _enter(self, tally: EditTally) -> None:
-        for place, index in enumerate(tally.edits.tolist()):
-            total = self._totals.setdefault((tally.revision, index), _Total())
-            total.rows += tally.rows
-            total.changed += int(tally.changed[place])
-            total.size += float(tally.total_size[place])
-            total.largest = max(total.largest, float(tally.max_size[place]))
-
-    def _report(self, revision: int, index: int) -> EditReport:
-        total = self._totals.get((revision, index), _Total())
-        mean = total.size / total.rows if total.rows else 0.0
-        return EditReport(revision, index, total.rows, total.changed, mean, total.largest)
+    def _of(self, revision: int) -> _Totals:
+        return self._totals.setdefault(revision, _Totals(len(self.programs[revision].edits)))

@@ -1,8 +1,7 @@
 """Encodes the rows that requests asked to read, after the model ran and off its path."""
 
 import time
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,100 +9,123 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer_server.dictionary.dictionary import FeatureRows
-from steer_server.generation import ActivationRows
 from steer_server.program import ReadOut
+from steer_server.vllm_plugin.report import RowBlock
+from steer_server.vllm_plugin.residents import Resident
 
 
 class Want(NamedTuple):
-    """Batch rows [first, last) of one request, whose first is at `position`, for one of its read-outs."""
+    """Batch rows [first, last) of one request, for one of its read-outs."""
 
-    vllm_id: str
+    request: int
+    """Index into the step's requests."""
     read_out: int
     spec: ReadOut
     first: int
     last: int
-    position: int
 
 
 class Encoded(NamedTuple):
-    """What a dictionary makes of the wanted rows."""
+    """Activations on their way to the host, [rows, listed], strongest or first asked for first."""
 
-    rows: list[tuple[str, ActivationRows]]
-    seconds: float
+    features: Tensor
+    values: Tensor
+    active: Tensor | None
+    """Active features of each row, [rows]."""
 
 
-def encode(wants: Sequence[Want], dictionary: FeatureRows, x: Tensor) -> Encoded:
-    """Reads all `wants` of one dictionary out of `x`, the batch rows before any edit, in float32."""
+class Reading:
+    """The rows of one dictionary that a step reads in one way; good as long as the batch stays the same."""
+
+    def __init__(self, name: str, resident: Resident, wants: Sequence[Want]) -> None:
+        self.site = resident.site
+        self.edited = wants[0].spec.edited
+        self._name = name
+        self._resident = resident
+        self._wants = [(want.request, want.read_out, want.last - want.first) for want in wants]
+        self._lengths = np.array([want.last - want.first for want in wants])
+        rows = np.concatenate([np.arange(want.first, want.last) for want in wants])
+        self._row_numbers = rows
+        together = bool((np.diff(rows) == 1).all())
+        device = resident.rows.bias.device
+        self._rows: slice | Tensor = (
+            slice(int(rows[0]), int(rows[-1]) + 1)
+            if together
+            else torch.from_numpy(rows).to(device)
+        )
+        self._encode = self._named(wants) if wants[0].spec.features else self._strongest(wants)
+
+    def encode(self, x: Tensor) -> Encoded:
+        """What the dictionary makes of the wanted rows of `x`, the batch in float32."""
+        return self._encode(x[self._rows])
+
+    def block(self, encoded: Encoded, position_of_row: NDArray, seconds: float) -> RowBlock:
+        """The encoded rows as they travel; `position_of_row` is of every row of the batch."""
+        values = encoded.values.cpu().numpy()
+        listed = np.abs(values) > self._above
+        listed &= self._kept
+        active = encoded.active
+        return RowBlock(
+            self._name,
+            self._wants,
+            position_of_row[self._row_numbers].astype(np.uint32),
+            listed.sum(axis=1).astype(np.uint32),
+            encoded.features.cpu().numpy()[listed].astype(np.uint32),
+            values[listed],
+            None if active is None else active.cpu().numpy().astype(np.uint32),
+            seconds,
+        )
+
+    def _strongest(self, wants: Sequence[Want]) -> Callable[[Tensor], Encoded]:
+        n_features = len(self._resident.rows.bias)
+        k = min(max(want.spec.limit for want in wants), n_features)
+        limits = np.repeat([want.spec.limit for want in wants], self._lengths)
+        self._kept = np.arange(k) < limits[:, None]
+        self._above = np.repeat([want.spec.above or 0.0 for want in wants], self._lengths)[:, None]
+
+        def encode(x: Tensor) -> Encoded:
+            f = self._resident.encode(x)
+            # A direction without an encoder may be active below zero; strongest means farthest from it.
+            size = f if self._resident.non_negative else f.abs()
+            found = size.topk(k, dim=1)
+            values = found.values if size is f else f.gather(1, found.indices)
+            return Encoded(found.indices, values, torch.count_nonzero(f, dim=1))
+
+        return encode
+
+    def _named(self, wants: Sequence[Want]) -> Callable[[Tensor], Encoded]:
+        union = sorted({feature for want in wants for feature in want.spec.features})
+        widest = max(len(want.spec.features) for want in wants)
+        place = np.zeros((len(wants), widest), np.int64)
+        kept = np.zeros(place.shape, bool)
+        for line, want in enumerate(wants):
+            kept[line, : len(want.spec.features)] = True
+            place[line, : len(want.spec.features)] = np.searchsorted(union, want.spec.features)
+        self._kept = np.repeat(kept, self._lengths, axis=0)
+        self._above = np.float32(0.0)
+        device = self._resident.rows.bias.device
+        columns = torch.from_numpy(np.repeat(place, self._lengths, axis=0)).to(device)
+        features = torch.tensor(union, device=device)[columns]
+        chosen = self._resident.rows.take(torch.tensor(union, device=device))
+
+        def encode(x: Tensor) -> Encoded:
+            f = self._resident.encode(x)[:, union] if self._resident.k else chosen.encode(x)
+            return Encoded(features, f.gather(1, columns), None)
+
+        return encode
+
+
+def readings(wants: Sequence[tuple[Resident, Want]]) -> list[Reading]:
+    """The wants of a step, those together that can be encoded at once."""
+    groups: dict[tuple[str, bool, str], tuple[Resident, list[Want]]] = {}
+    for resident, want in wants:
+        spec = want.spec
+        kind = "named" if spec.features else "top" if spec.top_k else "above"
+        groups.setdefault((spec.dictionary, spec.edited, kind), (resident, []))[1].append(want)
+    return [Reading(key[0], resident, members) for key, (resident, members) in groups.items()]
+
+
+def timed(reading: Reading, x: Tensor) -> tuple[Encoded, float]:
+    """The encoded rows, and the seconds it took to ask for them."""
     began = time.perf_counter()
-    found = []
-    top = [want for want in wants if want.spec.top_k]
-    named = [want for want in wants if not want.spec.top_k]
-    if top:
-        found += _top(top, dictionary, x)
-    if named:
-        found += _named(named, dictionary, x)
-    return Encoded(found, time.perf_counter() - began)
-
-
-def _top(wants: list[Want], dictionary: FeatureRows, x: Tensor) -> list[tuple[str, ActivationRows]]:
-    f = dictionary.encode(_take(wants, x))
-    active = torch.count_nonzero(f, dim=1).cpu().numpy().astype(np.uint32)
-    k = min(max(want.spec.top_k for want in wants), f.shape[1])
-    # A direction without an encoder may be active below zero; strongest means farthest from it.
-    index = f.abs().topk(k, dim=1).indices
-    values = f.gather(1, index).cpu().numpy()
-    features = index.cpu().numpy().astype(np.uint32)
-    return [
-        (want.vllm_id, _pack(want, features[part, :k], values[part, :k], active[part]))
-        for want, part in _parts(wants)
-        for k in (want.spec.top_k,)
-    ]
-
-
-def _named(
-    wants: list[Want], dictionary: FeatureRows, x: Tensor
-) -> list[tuple[str, ActivationRows]]:
-    union = sorted({feature for want in wants for feature in want.spec.features})
-    place = {feature: column for column, feature in enumerate(union)}
-    chosen = dictionary.take(torch.tensor(union, device=x.device))
-    f = chosen.encode(_take(wants, x)).cpu().numpy()
-    found = []
-    for want, part in _parts(wants):
-        columns = [place[feature] for feature in want.spec.features]
-        values = f[part][:, columns]
-        features = np.broadcast_to(np.array(want.spec.features, np.uint32), values.shape)
-        found.append((want.vllm_id, _pack(want, features, values, None)))
-    return found
-
-
-def _take(wants: list[Want], x: Tensor) -> Tensor:
-    if all(want.last == following.first for want, following in pairwise(wants)):
-        return x[wants[0].first : wants[-1].last]
-    return torch.cat([x[want.first : want.last] for want in wants])
-
-
-def _parts(wants: list[Want]) -> list[tuple[Want, slice]]:
-    stops = np.cumsum([want.last - want.first for want in wants]).tolist()
-    return [
-        (want, slice(stop - (want.last - want.first), stop))
-        for want, stop in zip(wants, stops, strict=True)
-    ]
-
-
-def _pack(
-    want: Want,
-    features: NDArray[np.uint32],
-    values: NDArray[np.float32],
-    active: NDArray[np.uint32] | None,
-) -> ActivationRows:
-    kept = values != 0
-    return ActivationRows(
-        want.read_out,
-        want.spec.dictionary,
-        np.arange(want.position, want.position + len(values), dtype=np.uint32),
-        np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.uint32),
-        features[kept],
-        values[kept],
-        active,
-    )
+    return reading.encode(x), time.perf_counter() - began

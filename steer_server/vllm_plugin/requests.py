@@ -1,10 +1,21 @@
 """What a worker knows of each running request with a program."""
 
-from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
-from steer_server.vllm_plugin.wire import RevisionStart, WorkerProgram
+import numpy as np
+from numpy.typing import NDArray
+
+from steer_server.dictionary.edits import Patch
+from steer_server.program import Program
+from steer_server.vllm_plugin.report import RevisionStart
+
+Tokens = Callable[[int, int], Sequence[int]]
+"""The ids of a request's tokens at positions [start, stop)."""
+
+FOREVER = 2**62
 
 
 class Segment(NamedTuple):
@@ -24,68 +35,68 @@ class RequestState:
     Preemption recomputes old positions; each replays the revision that held there, so the log is kept whole.
     """
 
-    name: str
-    """The front-end's id; vLLM's own carries a random suffix."""
     prompt_length: int
-    programs: list[WorkerProgram]
-    """By revision."""
+    programs: list[Program]
+    """By revision, resolved."""
     starts: list[int] = field(default_factory=lambda: [0])
     """By revision: its first position; equal to its successor's if it never held."""
     done: int = 0
     """Rows below this position have been computed, counted and reported."""
-    waiting: list[WorkerProgram] = field(default_factory=list)
+    waiting: list[Program] = field(default_factory=list)
     """Updates that came since the last step."""
-    announced: list[RevisionStart] = field(default_factory=list)
-    """Revisions that began to hold in this step."""
-    skipped: list[tuple[int, int]] = field(default_factory=list)
-    """Runs of positions that this step found in the prefix cache, so that nobody computes them."""
-    _cuts: list[int] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self._cut_at({self.prompt_length, *_cuts_of(self.programs[0])})
-
-    def begin(self, start: int) -> None:
+    def begin(self, start: int) -> tuple[list[RevisionStart], list[tuple[int, int]]]:
         """A step computes this request's rows from `start` on: waiting updates take hold here.
 
-        They hold from the first position never computed before, wherever a recompute begins.
+        They hold from the first position never computed before, wherever a recompute begins. Returns the revisions
+        that begin, and the run of positions that the prefix cache holds so that nobody computes them.
         """
-        if start > self.done:
-            self.skipped.append((self.done, start))
-            self.done = start
-        position = self.done
+        skipped = [(self.done, start)] if start > self.done else []
+        self.done = max(self.done, start)
+        begun = []
         for program in self.waiting:
             self.programs.append(program)
-            self.starts.append(position)
-            self.announced.append(RevisionStart(len(self.starts) - 1, position))
-            self._cut_at({position, *_cuts_of(program)})
+            self.starts.append(self.done)
+            begun.append(RevisionStart(len(self.starts) - 1, self.done))
         self.waiting.clear()
+        return begun, skipped
 
-    def segments(self, start: int, stop: int) -> list[Segment]:
+    def segments(self, start: int, stop: int, tokens: Tokens) -> list[Segment]:
         """The rows [start, stop) cut where edits change."""
-        cuts = self._cuts
         found = []
-        position = start
-        while position < stop:
-            next_cut = bisect_right(cuts, position)
-            end = min(stop, cuts[next_cut]) if next_cut < len(cuts) else stop
-            revision = bisect_right(self.starts, position) - 1
-            found.append(Segment(position, end, revision, self._edits_at(position, revision)))
-            position = end
+        ends = [*self.starts[1:], FOREVER]
+        for revision, (begin, end) in enumerate(zip(self.starts, ends, strict=True)):
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                found += self._cut(revision, first, last, tokens)
         return found
 
-    def _cut_at(self, positions: set[int]) -> None:
-        self._cuts = sorted({*self._cuts, *positions})
+    def steady_until(self, position: int) -> int:
+        """The position before which nothing changes for a row at `position` and those after it."""
+        program = self.programs[-1]
+        if any(entry.scope.reads_tokens for entry in program.edits):
+            return position + 1
+        edges = {self.prompt_length}.union(*(entry.edges() for entry in program.edits))
+        return min((edge for edge in edges if edge > position), default=FOREVER)
 
-    def _edits_at(self, position: int, revision: int) -> tuple[int, ...]:
-        return tuple(
-            index
-            for index, edit in enumerate(self.programs[revision].edits)
-            if edit.scope.holds(position, self.prompt_length)
-        )
-
-
-def _cuts_of(program: WorkerProgram) -> set[int]:
-    """Where the edits of the program begin or cease to hold, but for the end of the prompt."""
-    scopes = {edit.scope for edit in program.edits}
-    excluded = {position for scope in scopes for position in scope.exclude_positions}
-    return excluded | {position + 1 for position in excluded}
+    def _cut(self, revision: int, start: int, stop: int, tokens: Tokens) -> list[Segment]:
+        edits = self.programs[revision].edits
+        reads = any(entry.scope.reads_tokens for entry in edits)
+        ids = tokens(start, stop) if reads else ()
+        # Most edits of a program share their scope, and a mask costs more than a look-up.
+        masks: dict[object, NDArray[np.bool_]] = {}
+        rows = []
+        cuts = {start, stop}
+        for entry in edits:
+            patched = entry.edit if isinstance(entry.edit, Patch) else None
+            key = (entry.scope, patched)
+            if key not in masks:
+                masks[key] = entry.mask(start, stop, self.prompt_length, ids)
+                cuts |= set((np.flatnonzero(np.diff(masks[key])) + start + 1).tolist())
+            if patched:
+                cuts |= {edge for edge in entry.edges() if start < edge < stop}
+            rows.append(masks[key])
+        return [
+            Segment(a, b, revision, tuple(i for i, row in enumerate(rows) if row[a - start]))
+            for a, b in pairwise(sorted(cuts))
+        ]

@@ -3,27 +3,24 @@
 Importing this module imports vLLM's workers, so only a worker process does it.
 """
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import vllm
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from steer_server.dictionary.site import Site
 from steer_server.errors import UnsupportedVllm
-from steer_server.vllm_plugin import layers, op
+from steer_server.vllm_plugin import KEY, layers, op, runner_v1
 from steer_server.vllm_plugin.runtime import Runtime
-from steer_server.vllm_plugin.wire import KEY
+from steer_server.vllm_plugin.sentinel import sentinel
 
 SUPPORTED_VLLM = ("0.32",)
 
 
 class _Sites:
-    """What a worker does beside vLLM's own work; mixed in before it. Knows the V1 model runner."""
+    """What a worker does beside vLLM's own work; mixed in before it."""
 
     vllm_config: Any
     model_config: Any
@@ -33,12 +30,21 @@ class _Sites:
     def load_model(self, **options: Any) -> None:
         _check_supported(self)
         super().load_model(**options)  # type: ignore[misc]
-        sites = [Site.parse(text) for text in self.vllm_config.additional_config[KEY]["sites"]]
-        self.steer = Runtime(sites, self.device)
-        op.install(self.steer)
+        settings = self.vllm_config.additional_config[KEY]
+        self.steer_sites = [Site.parse(text) for text in settings["sites"]]
+        codes = [op.code(site) for site in self.steer_sites]
         n_layers = self.model_config.get_total_num_hidden_layers()
-        layers.attach(self.model_runner.get_model(), sites, n_layers, op.call)
-        self.model_runner._prepare_inputs = _with_row_map(self.model_runner, self.steer)
+        layers.attach(
+            self.model_runner.get_model(),
+            self.steer_sites,
+            n_layers,
+            lambda hidden, residual, number: op.call(hidden, residual, codes[number]),
+        )
+        here = list(range(len(self.steer_sites)))
+        d_model = self.model_config.get_hidden_size()
+        self.steer = Runtime(self.steer_sites, here, d_model, settings["slots"], self.device)
+        op.install(self.steer, self.steer_sites)
+        runner_v1.attach(self.model_runner, self.steer)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self.steer.forget(scheduler_output.finished_req_ids)
@@ -47,25 +53,33 @@ class _Sites:
             content = (parameters.extra_args or {}).get(KEY) if parameters else None
             if content is not None:
                 self.steer.admit(request.req_id, len(request.prompt_token_ids), content)
+        for vllm_id, programs in getattr(scheduler_output, "steer_updates", {}).items():
+            for program in programs:
+                self.steer.update(vllm_id, program)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        results = self.steer.end_step()
-        if results:
-            output.steer = results
+        step = self.steer.end_step()
+        if step is not None:
+            output.steer = [self.steer.report(step)]
         return output
 
     # Called by the engine through collective_rpc.
 
     def steer_load(self, name: str, folder: str, arithmetic: str) -> None:
-        self.steer.load(name, Path(folder), arithmetic)
+        self.steer.residents.load(name, Path(folder), arithmetic)
 
-    def steer_update(self, name: str, content: dict[str, Any]) -> bool:
-        return self.steer.update(name, content)
+    def steer_sentinel(self, site: str) -> None:
+        """Makes the self-test's direction resident at the site."""
+        stored = sentinel(Site.parse(site), self.model_config.get_hidden_size())
+        self.steer.residents.add(stored.card.name, stored.card.site, stored.dictionary)
 
-    def steer_op_calls(self) -> int:
-        """How often the model called the op in this process, warm-up included."""
+    def steer_unload(self, name: str) -> None:
+        self.steer.residents.pop(name, None)
+
+    def steer_op_calls(self) -> list[int]:
+        """How often the model called the op in this process, by site, warm-up included."""
         return self.steer.op_calls
 
 
@@ -75,21 +89,6 @@ class SteerCPUWorker(_Sites, CPUWorker):
 
 class SteerGPUWorker(_Sites, GPUWorker):
     """For CUDA, without CUDA graphs."""
-
-
-def _with_row_map(runner: Any, runtime: Runtime) -> Callable[..., Any]:
-    """Tells `runtime` the rows of each step, once vLLM has brought its batch up to date."""
-    prepare = runner._prepare_inputs
-
-    @functools.wraps(prepare)
-    def prepare_inputs(scheduler_output: Any, counts: np.ndarray, *rest: Any, **named: Any) -> Any:
-        prepared = prepare(scheduler_output, counts, *rest, **named)
-        batch = runner.input_batch
-        starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
-        runtime.begin_step(batch.req_ids, counts.tolist(), starts.tolist())
-        return prepared
-
-    return prepare_inputs
 
 
 def _check_supported(worker: Any) -> None:

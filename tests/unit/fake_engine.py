@@ -150,7 +150,8 @@ class FakeEngine:
             delta = edit_delta(self._dictionaries[entry.dictionary].dictionary, x, [entry.edit])
             count = state.counts.setdefault((state.revision, index), [0, 0, 0.0, 0.0])
             for row, position in enumerate(positions):
-                if entry.scope.holds(position, len(state.generation.prompt_token_ids)):
+                length = len(state.generation.prompt_token_ids)
+                if entry.scope.mask(position, position + 1, length)[0]:
                     size = float(delta[row].norm() / x[row].norm())
                     edited[row] += delta[row]
                     count[0] += 1

@@ -1,7 +1,5 @@
 """Laws of the arithmetic, in float64."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -16,21 +14,43 @@ from steer_server.dictionary.edits import (
     AddRelative,
     Clamp,
     Edit,
+    Limit,
+    Patch,
     Scale,
     edit_delta,
 )
 from steer_server.dictionary.site import Site
 from steer_server.errors import ConflictingEdits, InvalidRequest, UnknownFeature
-from tests.unit.strategies import N_FEATURES, dictionaries, edit_sets, normal, xs
+from tests.unit.strategies import N_FEATURES, dictionaries, edit_sets, normal, seeds, xs
 
 
 def by_definition(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
     """f and x_hat, written out as in the docstring."""
     s, c = dictionary.input_scale, dictionary.b_dec if dictionary.center_input else 0.0
     f = (s * x - c) @ dictionary.W_enc + dictionary.b_enc
-    if dictionary.activation is Activation.RELU:
-        f = f.clamp(min=0)
+    match dictionary.activation:
+        case Activation.RELU:
+            f = f.clamp(min=0)
+        case Activation.JUMP_RELU:
+            f = f * (f > dictionary.threshold)
+        case Activation.TOP_K:
+            for row in f:
+                order = row.argsort(descending=True)
+                row[order[dictionary.k :]] = 0
+            f = f.clamp(min=0)
     return f, (f @ dictionary.W_dec + dictionary.b_dec) / s
+
+
+@given(seeds, xs)
+def test_a_gated_dictionary_is_the_paper_s_formula(seed: int, x: Tensor) -> None:
+    W, b_gate = normal(seed, 8, N_FEATURES), normal(seed + 1, N_FEATURES)
+    r_mag, b_mag = normal(seed + 2, N_FEATURES), normal(seed + 3, N_FEATURES)
+    W_dec, b_dec = normal(seed + 4, N_FEATURES, 8), normal(seed + 5, 8)
+
+    y = (x - b_dec) @ W
+    f = (y + b_gate > 0) * (r_mag.exp() * y + b_mag).clamp(min=0)
+
+    assert_close(Dictionary.gated(W, b_gate, r_mag, b_mag, W_dec, b_dec).encode(x), f)
 
 
 @given(dictionaries(), xs)
@@ -42,6 +62,26 @@ def test_encode_and_decode_follow_the_definition(dictionary: Dictionary, x: Tens
     assert_close(dictionary.encode_features(x, [3, 1]), f[:, [3, 1]])
 
 
+def wanted(edit: Edit, f: Tensor, norms: Tensor) -> Tensor:
+    """The activations that the edit asks for, from its docstring; `norms` is |x| over that of the decoder row."""
+    match edit:
+        case Ablate():
+            return torch.zeros_like(f)
+        case Clamp(_, value):
+            return torch.full_like(f, value)
+        case Scale(_, factor):
+            return f * factor
+        case Add(_, value):
+            return f + value
+        case AddRelative(_, share):
+            return f + share * norms
+        case Limit(_, low, high):
+            return f.clamp(low, high)
+        case Patch(_, values):
+            recorded = dict(values)
+            return f.new_tensor([recorded.get(i, value) for i, value in enumerate(f.tolist())])
+
+
 @given(dictionaries(), xs, edit_sets())
 def test_an_edit_moves_its_features_and_keeps_the_error_term(
     dictionary: Dictionary, x: Tensor, edits: list[Edit]
@@ -49,19 +89,9 @@ def test_an_edit_moves_its_features_and_keeps_the_error_term(
     f, x_hat = by_definition(dictionary, x)
     target = f.clone()
     for edit in edits:
-        i = edit.feature
-        row = dictionary.W_dec[i] / dictionary.input_scale
-        match edit:
-            case Ablate():
-                target[:, i] = 0
-            case Clamp(_, value):
-                target[:, i] = value
-            case Scale(_, factor):
-                target[:, i] *= factor
-            case Add(_, value):
-                target[:, i] += value
-            case AddRelative(_, share):
-                target[:, i] += share * x.norm(dim=1) / row.norm()
+        column = target[:, edit.feature]
+        row = dictionary.W_dec[edit.feature] / dictionary.input_scale
+        target[:, edit.feature] = wanted(edit, column, x.norm(dim=1) / row.norm())
 
     moved = x + edit_delta(dictionary, x, edits)
 
@@ -144,4 +174,3 @@ def test_a_site_is_a_stream_and_a_layer() -> None:
     for text in ("resid_post", "resid_post.01", "resid_post.-1", "blocks.3", "resid_post.1 "):
         with pytest.raises(InvalidRequest, match=r"resid_post\.12"):
             Site.parse(text)
-    assert math.isinf(Activation.IDENTITY.threshold)

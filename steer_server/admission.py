@@ -1,0 +1,141 @@
+"""What a request's program must be before it may run, and what of it travels to the worker."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from steer_server.dictionary.files import StoredDictionary
+from steer_server.dictionary.site import Site
+from steer_server.errors import (
+    ConflictingEdits,
+    DictionaryMismatch,
+    DictionaryNotFound,
+    InvalidRequest,
+    UnknownFeature,
+)
+from steer_server.program import Program, ReadOut
+from steer_server.program_json import from_json, to_json
+
+MAX_EDITS = 64
+MAX_READ_OUTS = 8
+MAX_FEATURES = 256
+MAX_TOP_K = 128
+MAX_ROW_BYTES = 32_768
+
+Dictionaries = Mapping[str, StoredDictionary]
+
+
+def parse(content: Any, dictionaries: Dictionaries) -> Program:
+    """The program that a request of plain vLLM carries: JSON, as text or parsed."""
+    if isinstance(content, Program):
+        return content
+    if isinstance(content, str):
+        try:
+            content = json.loads(content)
+        except ValueError as error:
+            raise InvalidRequest(f"is not JSON: {error}", field="") from error
+    return from_json(content, dictionaries)
+
+
+def check(program: Program, dictionaries: Dictionaries) -> None:
+    """Every name, index and number of the program is one that the resident dictionaries know."""
+    if len(program.edits) > MAX_EDITS:
+        raise InvalidRequest(f"{len(program.edits)} edits; at most {MAX_EDITS}", field="edits")
+    if len(program.read_outs) > MAX_READ_OUTS:
+        count = len(program.read_outs)
+        raise InvalidRequest(f"{count} read-outs; at most {MAX_READ_OUTS}", field="read_outs")
+    seen: dict[tuple[str, int], int] = {}
+    for index, entry in enumerate(program.edits):
+        path = f"edits[{index}]"
+        stored = _dictionary(entry.dictionary, dictionaries, f"{path}.dictionary")
+        _feature(entry.edit.feature, stored, f"{path}.feature")
+        first = seen.setdefault((entry.dictionary, entry.edit.feature), index)
+        if first != index:
+            raise ConflictingEdits(
+                f"feature {entry.edit.feature} of {entry.dictionary!r} is already edited by "
+                f"edits[{first}]; name each feature once",
+                field=f"{path}.feature",
+            )
+        if entry.when is not None:
+            other = _dictionary(entry.when.dictionary, dictionaries, f"{path}.when.dictionary")
+            _feature(entry.when.feature, other, f"{path}.when.feature")
+            if other.card.site != stored.card.site:
+                raise DictionaryMismatch(
+                    f"a condition is of the edit's own site, {stored.card.site}; dictionary "
+                    f"{entry.when.dictionary!r} is of {other.card.site}",
+                    field=f"{path}.when.dictionary",
+                )
+    for index, entry in enumerate(program.read_outs):
+        _read_out(entry, dictionaries, f"read_outs[{index}]")
+
+
+def check_scopes(program: Program, prompt_length: int, max_tokens: int) -> None:
+    """Each edit of the resolved program may hold at one of the positions that the request computes."""
+    rows = prompt_length + max_tokens - 1
+    for index, entry in enumerate(program.edits):
+        # Which tokens come is not known; where they could be, is.
+        if not entry.without_tokens().mask(0, rows, prompt_length).any():
+            raise InvalidRequest(
+                f"holds at none of the positions 0..{rows - 1} that this request computes; "
+                "a default scope leaves out position 0",
+                field=f"edits[{index}].scope",
+            )
+
+
+def wire(
+    program: Program, dictionaries: Dictionaries, sites: list[Site], slots: int
+) -> dict[str, Any]:
+    """`program` for the scheduler and the workers; Overloaded if no engine of this size could ever run it."""
+    features = sorted(
+        (sites.index(dictionaries[name].card.site), name, feature)
+        for name, feature in program.features()
+    )
+    for number, site in enumerate(sites):
+        needed = sum(place == number for place, _, _ in features)
+        if needed > slots:
+            raise InvalidRequest(
+                f"the edits need {needed} slots at {site}, the engine has {slots}; name fewer features",
+                field="edits",
+            )
+    return {"program": to_json(program), "features": features}
+
+
+def _dictionary(name: str, dictionaries: Dictionaries, path: str) -> StoredDictionary:
+    if name not in dictionaries:
+        there = ", ".join(sorted(dictionaries)) or "none"
+        raise DictionaryNotFound(
+            f"no dictionary {name[:64]!r} is resident; there are: {there}",
+            name=name[:64],
+            field=path,
+        )
+    return dictionaries[name]
+
+
+def _feature(feature: int, stored: StoredDictionary, path: str) -> None:
+    if not 0 <= feature < stored.card.n_features:
+        raise UnknownFeature(
+            f"feature {feature} is not in 0..{stored.card.n_features - 1}", field=path
+        )
+
+
+def _read_out(entry: ReadOut, dictionaries: Dictionaries, path: str) -> None:
+    stored = _dictionary(entry.dictionary, dictionaries, f"{path}.dictionary")
+    chosen = [entry.top_k > 0, bool(entry.features), entry.above is not None]
+    if sum(chosen) != 1:
+        raise InvalidRequest("set one of top_k, features and above", field=path)
+    if not 0 <= entry.top_k <= MAX_TOP_K:
+        raise InvalidRequest(f"{entry.top_k} is not in 1..{MAX_TOP_K}", field=f"{path}.top_k")
+    if len(entry.features) > MAX_FEATURES:
+        raise InvalidRequest(
+            f"{len(entry.features)} features; at most {MAX_FEATURES}", field=f"{path}.features"
+        )
+    if len(set(entry.features)) < len(entry.features):
+        raise InvalidRequest("names a feature twice", field=f"{path}.features")
+    for feature in entry.features:
+        _feature(feature, stored, f"{path}.features")
+    if entry.above is not None and not entry.above >= 0:
+        raise InvalidRequest(f"{entry.above} is not at least 0", field=f"{path}.above")
+    if not 8 <= entry.row_bytes <= MAX_ROW_BYTES:
+        raise InvalidRequest(
+            f"{entry.row_bytes} is not in 8..{MAX_ROW_BYTES}", field=f"{path}.row_bytes"
+        )

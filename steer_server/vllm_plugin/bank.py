@@ -1,0 +1,90 @@
+"""The rows of the features in use at one site, at fixed addresses, in slots that are counted and freed."""
+
+import heapq
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from steer_server.dictionary.dictionary import FeatureRows
+
+Feature = tuple[str, int]
+"""(dictionary, feature)."""
+
+
+class Slots:
+    """Which feature has which slot, and how many programs use it.
+
+    A slot holds a feature, not a strength: strengths lie in the rows' coefficients, so a slider that moves a
+    strength a thousand times takes one slot.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.owner: dict[int, Feature] = {}
+        """By slot in use."""
+        self._slot: dict[Feature, int] = {}
+        self._uses: dict[Feature, int] = {}
+        self._free = list(range(capacity))
+
+    @property
+    def used(self) -> int:
+        return len(self._slot)
+
+    def fits(self, features: Iterable[Feature]) -> bool:
+        """Whether there is room for all of them, those that have a slot already being free of charge."""
+        return len(set(features) - self._slot.keys()) <= len(self._free)
+
+    def __getitem__(self, feature: Feature) -> int:
+        return self._slot[feature]
+
+    def acquire(self, features: Iterable[Feature]) -> list[Feature]:
+        """Counts one more use of each; returns those that had no slot before, and have one now."""
+        new = []
+        for feature in sorted(set(features)):
+            if feature not in self._slot:
+                # The lowest first, so that those in use lie together.
+                self._slot[feature] = slot = heapq.heappop(self._free)
+                self.owner[slot] = feature
+                self._uses[feature] = 0
+                new.append(feature)
+            self._uses[feature] += 1
+        return new
+
+    def release(self, features: Iterable[Feature]) -> None:
+        """Counts one use less of each; a slot without a use is free."""
+        for feature in set(features):
+            self._uses[feature] -= 1
+            if not self._uses[feature]:
+                del self._uses[feature]
+                slot = self._slot.pop(feature)
+                del self.owner[slot]
+                heapq.heappush(self._free, slot)
+
+
+class Bank:
+    """The slots of one site with the features' encoder and decoder rows on the device."""
+
+    def __init__(self, capacity: int, d_model: int, device: torch.device) -> None:
+        self.slots = Slots(capacity)
+        self.rows = FeatureRows(
+            torch.zeros(capacity, d_model, device=device),
+            torch.zeros(capacity, device=device),
+            torch.zeros(capacity, device=device),
+            torch.zeros(capacity, d_model, device=device),
+        )
+        self.decoder_norm = torch.ones(capacity, device=device)
+
+    def put(self, slot: int, rows: FeatureRows, feature: int) -> None:
+        """Copies one feature's rows into its slot."""
+        for mine, theirs in zip(self.rows, rows, strict=True):
+            mine[slot] = theirs[feature]
+        self.decoder_norm[slot] = rows.decoder[feature].norm()
+
+    def at(self, slots: Tensor) -> tuple[FeatureRows, Tensor]:
+        """The rows at ascending `slots` and their decoder norms; views if they lie together."""
+        first, last = int(slots[0]), int(slots[-1]) + 1
+        if last - first == len(slots):
+            part = slice(first, last)
+            return FeatureRows(*(tensor[part] for tensor in self.rows)), self.decoder_norm[part]
+        return self.rows.take(slots), self.decoder_norm[slots]

@@ -1,0 +1,80 @@
+"""The op's body in plain torch: two dense products over the features in use, whatever the mix of programs."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steer_server.dictionary.edits import Coefficients, activation_change
+from steer_server.vllm_plugin.bank import Bank
+from steer_server.vllm_plugin.residents import Residents
+from steer_server.vllm_plugin.site_edits import MAX_RELATIVE_SIZE, Outcome, SiteEdits
+
+
+class DensePlan:
+    """`SiteEdits` ready to run; good for as many steps as the batch stays the same.
+
+    Each row has its own coefficients; a row without a program is not touched at all. Where a row's program leaves a
+    feature of its neighbours alone, that feature's part of its delta is an exact 0.
+    """
+
+    def __init__(self, edits: SiteEdits, bank: Bank, residents: Residents) -> None:
+        lines = edits.lines
+        self._conditional = bool((lines.when_above > -np.inf).any())
+        self._limited = bool(np.isfinite(lines.numbers[3:]).any())
+        # In a decoding batch most requests often edit the same features: then nothing needs to be gathered.
+        self._uniform = not self._conditional and bool((lines.slot == lines.slot[0]).all())
+        slots = lines.slot[0] if self._uniform else np.unique([lines.slot, lines.when_slot])
+        device = bank.decoder_norm.device
+        if self._uniform:
+            chosen = torch.from_numpy(slots).to(device)
+            self._features, self._norms = bank.rows.take(chosen), bank.decoder_norm[chosen]
+        else:
+            self._features, self._norms = bank.at(torch.from_numpy(slots).to(device))
+        self._rows = edits.rows if isinstance(edits.rows, slice) else edits.rows.to(device)
+        line = (
+            edits.line_of_row if (lines.numbers != lines.numbers[:, :1]).any() else np.zeros(1, int)
+        )
+        self._table = Coefficients(*torch.from_numpy(lines.numbers[:, line]).to(device))
+        if not self._uniform:
+            place = np.searchsorted(slots, lines.slot)[edits.line_of_row]
+            self._column = torch.from_numpy(place).to(device)
+            self._norms = self._norms[self._column]
+        if self._conditional:
+            place = np.searchsorted(slots, lines.when_slot)[edits.line_of_row]
+            self._when = torch.from_numpy(place).to(device)
+            above = lines.when_above[edits.line_of_row]
+            self._above = torch.from_numpy(above).to(device)
+        self._chosen = _chosen_by_rank(slots, bank, residents)
+
+    def apply(self, x: Tensor, hidden: Tensor) -> Outcome:
+        """Adds the edits' delta to `hidden`; `x` are the batch rows before any edit, in float32."""
+        x = x[self._rows]
+        x_norm = x.norm(dim=-1, keepdim=True)
+        f = self._features.encode(x)
+        for resident, columns, features in self._chosen:
+            f[:, columns] = resident.encode(x)[:, features]
+        own = f if self._uniform else f.gather(1, self._column)
+        change = activation_change(own, x_norm, self._norms, self._table, limited=self._limited)
+        if self._conditional:
+            change = torch.where(f.gather(1, self._when) > self._above, change, 0.0)
+        spread = change
+        if not self._uniform:
+            spread = torch.zeros_like(f).scatter_add_(1, self._column, change)
+        delta = spread @ self._features.decoder
+        edited = hidden[self._rows] + delta.to(hidden.dtype)
+        applied = delta.norm(dim=-1, keepdim=True) <= MAX_RELATIVE_SIZE * x_norm
+        applied &= edited.isfinite().all(dim=-1, keepdim=True)
+        hidden[self._rows] = torch.where(applied, edited, hidden[self._rows])
+        return Outcome(change, x_norm, self._norms, applied)
+
+
+def _chosen_by_rank(slots: np.ndarray, bank: Bank, residents: Residents):
+    """Where features of TopK dictionaries stand among `slots`: active only if among the k largest of all."""
+    found = {}
+    for column, slot in enumerate(slots.tolist()):
+        name, feature = bank.slots.owner[slot]
+        if residents[name].k:
+            columns, features = found.setdefault(name, ([], []))
+            columns.append(column)
+            features.append(feature)
+    return [(residents[name], columns, features) for name, (columns, features) in found.items()]

@@ -1,0 +1,192 @@
+"""Steering where vLLM takes requests in and gives outputs out: two methods of its OutputProcessor are wrapped.
+
+Every request of every front-end passes through both, whoever made it: admission happens before the request leaves for
+the engine, and results are taken out before vLLM merges the outputs of a slow reader.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+from steer_server.admission import check, check_scopes, parse, wire
+from steer_server.dictionary.files import StoredDictionary
+from steer_server.dictionary.site import Site
+from steer_server.errors import InvalidRequest, Overloaded
+from steer_server.program import Program
+from steer_server.vllm_plugin import KEY
+from steer_server.vllm_plugin.account import Account
+from steer_server.vllm_plugin.report import StepReport
+
+LIVE = "steer_live"
+"""In `extra_args` beside the program of a request that may be updated while it runs."""
+MAX_REVISIONS = 256
+
+
+class Frontend:
+    """One per vLLM front-end: the dictionaries that requests may name, and an account of each request with a program."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        slots: int,
+        admitted: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """`admitted` is told the caller's id of each request with a program that has come in."""
+        self._admitted = admitted
+        self.sites = list(sites)
+        self.slots = slots
+        self.dictionaries: dict[str, StoredDictionary] = {}
+        self.accounts: dict[str, Account] = {}
+        """By vLLM's own request id."""
+        self.load = SlotLoad([0] * len(self.sites), 0)
+        self._names: dict[tuple[str, int], str] = {}
+        """vLLM's own id by (the caller's id, index among n)."""
+
+    def account(self, name: str, index: int = 0) -> Account | None:
+        """The account of a request by the caller's id; None if it has no program."""
+        vllm_id = self._names.get((name, index))
+        return self.accounts.get(vllm_id) if vllm_id else None
+
+    def admit(self, request: EngineCoreRequest, index: int, known: Mapping[str, Any]) -> None:
+        """Checks and resolves the program of a new request, and sees to its cache. InvalidRequest if it cannot run.
+
+        `known` are the requests vLLM has in hand.
+        """
+        name = request.external_req_id or request.request_id
+        # An ended request of the same name may have had one.
+        self._names.pop((name, index), None)
+        parameters = request.sampling_params
+        extra = parameters.extra_args if parameters is not None else None
+        if not extra or KEY not in extra:
+            return
+        assert parameters is not None
+        if request.prompt_token_ids is None:
+            raise InvalidRequest("edits and read-outs need a prompt of tokens, not of embeddings")
+        live = bool(extra.get(LIVE))
+        length = len(request.prompt_token_ids)
+        program = parse(extra[KEY], self.dictionaries)
+        check(program, self.dictionaries)
+        program = program.resolve(length)
+        check_scopes(program, length, parameters.max_tokens or 1)
+        content = wire(program, self.dictionaries, self.sites, self.slots)
+        rest = {key: value for key, value in extra.items() if key not in (KEY, LIVE)}
+        parameters.extra_args = {**rest, KEY: content}
+        self._see_to_cache(request, parameters, program, live)
+        self._forget_ended(known)
+        self.accounts[request.request_id] = Account(request.prompt_token_ids, [program])
+        self._names[name, index] = request.request_id
+        self._admitted(name)
+
+    def update(self, name: str, program: Program) -> tuple[int, EngineCoreRequest]:
+        """The revision that `program` will be, and the message to send to the engine.
+
+        InvalidRequest if there is no such request, or not that program; Overloaded after too many.
+        """
+        vllm_id = self._names.get((name, 0), "")
+        account = self.accounts.get(vllm_id)
+        if account is None:
+            raise InvalidRequest(
+                f"generation {name!r} is not live or has ended; its edits cannot change"
+            )
+        if len(account.programs) > MAX_REVISIONS:
+            raise Overloaded(
+                f"a generation takes at most {MAX_REVISIONS} updates; go on in a new one"
+            )
+        check(program, self.dictionaries)
+        program = program.resolve(account.prompt_length)
+        content = wire(program, self.dictionaries, self.sites, self.slots)
+        return account.add_revision(program), _message(content | {"update": vllm_id})
+
+    def receive(self, outputs: Sequence[Any]) -> None:
+        """Takes the reports out of vLLM's outputs and enters them into the accounts."""
+        for output in outputs:
+            content = (output.kv_transfer_params or {}).pop(KEY, None)
+            if content is not None:
+                output.kv_transfer_params = output.kv_transfer_params or None
+                self._enter(content)
+        for output in outputs:
+            account = self.accounts.get(output.request_id)
+            if account is not None:
+                account.token_ids += output.new_token_ids
+
+    def _enter(self, content: Mapping[str, Any]) -> None:
+        used, held = content["load"]
+        self.load = SlotLoad(used, held)
+        for report in content["reports"]:
+            for vllm_id, result in StepReport.from_wire(report).by_request().items():
+                account = self.accounts.get(vllm_id)
+                if account is not None:
+                    account.inbox.append(result)
+
+    def _see_to_cache(
+        self,
+        request: EngineCoreRequest,
+        parameters: SamplingParams,
+        program: Program,
+        live: bool,
+    ) -> None:
+        hashes = {name: stored.card.arithmetic for name, stored in self.dictionaries.items()}
+        nonce = uuid.uuid4().hex if live else ""
+        salt = program.cache_salt(hashes, len(request.prompt_token_ids or ()), nonce)
+        if salt is not None:
+            # The caller's own salt keeps apart what it kept apart.
+            request.cache_salt = f"{request.cache_salt or ''}{salt}"
+        if any(entry.prompt and entry.complete for entry in program.read_outs):
+            # Cached prompt tokens are never computed, so they could not be read.
+            parameters.skip_reading_prefix_cache = True
+
+    def _forget_ended(self, known: Mapping[str, Any]) -> None:
+        ended = self.accounts.keys() - known.keys()
+        for vllm_id in ended:
+            del self.accounts[vllm_id]
+        if ended:
+            self._names = {
+                key: vllm_id for key, vllm_id in self._names.items() if vllm_id not in ended
+            }
+
+
+class SlotLoad:
+    """How full the engine's slots are."""
+
+    def __init__(self, used: Sequence[int], held: int) -> None:
+        self.used = list(used)
+        """By site."""
+        self.held = held
+        """Requests and updates that wait for slots."""
+
+
+def attach(processor: Any, frontend: Frontend) -> None:
+    """Wraps the two methods of a vLLM OutputProcessor."""
+    add, process = processor.add_request, processor.process_outputs
+
+    def add_request(
+        request: Any, prompt: Any, parent: Any = None, index: int = 0, *rest: Any, **named: Any
+    ) -> None:
+        frontend.admit(request, index, processor.request_states)
+        add(request, prompt, parent, index, *rest, **named)
+
+    def process_outputs(outputs: Any, *rest: Any, **named: Any) -> Any:
+        frontend.receive(outputs)
+        return process(outputs, *rest, **named)
+
+    processor.add_request = add_request
+    processor.process_outputs = process_outputs
+
+
+def _message(content: dict[str, Any]) -> EngineCoreRequest:
+    """An update dressed as a request: the one message that every vLLM client passes to the scheduler in order."""
+    return EngineCoreRequest(
+        request_id=f"steer-update-{uuid.uuid4().hex}",
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=1, extra_args={KEY: content}),
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )

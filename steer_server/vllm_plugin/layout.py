@@ -1,0 +1,160 @@
+"""What the rows of a batch are to do: made when the batch or a program changes, kept while neither does.
+
+A decoding batch goes on for many steps with the same requests, each one position further on. Then a step costs a
+few comparisons of arrays, and no loop over requests.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steer_server.dictionary.edits import coefficients
+from steer_server.program import Program
+from steer_server.vllm_plugin.readout import Reading, Want, readings
+from steer_server.vllm_plugin.requests import FOREVER, RequestState, Segment, Tokens
+from steer_server.vllm_plugin.residents import Resident, Residents
+from steer_server.vllm_plugin.site_edits import Entries, Run, SiteEdits
+
+TokensOf = Callable[[int], Tokens]
+"""The tokens of the request at an index of the batch."""
+
+
+@dataclass(eq=False)
+class Layout:
+    """The rows of one forward pass, request by request, and all that programs want of them."""
+
+    vllm_ids: list[str]
+    counts: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    """Of the step it was made for, or of the last one it served."""
+    stops: NDArray[np.int64]
+    """Positions before which nothing changes for the request."""
+    n_rows: int = 0
+    members: list[tuple[int, str, RequestState]] = field(default_factory=list)
+    """(index in the batch, vLLM's id, state) of the requests with a program."""
+    edits: dict[int, SiteEdits] = field(default_factory=dict)
+    """By site number."""
+    readings: list[Reading] = field(default_factory=list)
+    applied: list[tuple[int, int, int]] = field(default_factory=list)
+    """(member, revision, position) of the programs that begin to hold with its first step."""
+    skipped: list[tuple[int, int, int]] = field(default_factory=list)
+    """(member, start, stop) of positions that its first step takes from the prefix cache."""
+
+    def __post_init__(self) -> None:
+        self.n_rows = int(self.counts.sum())
+        first = np.cumsum(self.counts) - self.counts
+        self._offset = np.arange(self.n_rows) - np.repeat(first, self.counts)
+        self._request_of_row = np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def serves(self, vllm_ids: Sequence[str], counts: NDArray, starts: NDArray) -> bool:
+        """Whether the coming step is this one moved on, every request going on where it stopped."""
+        return (
+            self.vllm_ids == vllm_ids
+            and np.array_equal(self.counts, counts)
+            and np.array_equal(self.starts + self.counts, starts)
+            and bool((starts + counts <= self.stops).all())
+        )
+
+    def positions(self, starts: NDArray) -> NDArray[np.int64]:
+        """The position of each row."""
+        return starts[self._request_of_row] + self._offset
+
+    def close(self) -> None:
+        """Lets the requests know how far they have come."""
+        ends = (self.starts + self.counts).tolist()
+        for index, _, state in self.members:
+            state.done = max(state.done, ends[index])
+
+
+def lay_out(
+    vllm_ids: list[str],
+    counts: NDArray,
+    starts: NDArray,
+    states: Mapping[str, RequestState],
+    residents: Residents,
+    tokens_of: TokensOf,
+) -> Layout:
+    """The layout of the coming step; updates that were waiting take hold."""
+    stops = np.full(len(vllm_ids), FOREVER)
+    layout = Layout(list(vllm_ids), counts.copy(), starts.copy(), stops)
+    runs: dict[int, list[Run]] = {}
+    wants: list[tuple[Resident, Want]] = []
+    row = 0
+    for index, (vllm_id, count, start) in enumerate(
+        zip(vllm_ids, counts.tolist(), starts.tolist(), strict=True)
+    ):
+        state = states.get(vllm_id)
+        if state is not None:
+            request, end = len(layout.members), start + count
+            applied, skipped = state.begin(start)
+            layout.applied += [(request, revision, position) for revision, position in applied]
+            layout.skipped += [(request, first, last) for first, last in skipped]
+            layout.members.append((index, vllm_id, state))
+            done = min(max(state.done, start), end)
+            for first, last, fresh in ((start, done, False), (done, end, True)):
+                for segment in state.segments(first, last, tokens_of(index)):
+                    _add_runs(runs, request, state, segment, row - start, fresh, residents)
+            wants += _wants(request, state, done, end, row - start, residents)
+            stops[index] = state.steady_until(end - 1)
+        row += count
+    layout.edits = {site: SiteEdits(found) for site, found in runs.items()}
+    layout.readings = readings(wants)
+    return layout
+
+
+def _add_runs(
+    runs: dict[int, list[Run]],
+    request: int,
+    state: RequestState,
+    segment: Segment,
+    shift: int,
+    fresh: bool,
+    residents: Residents,
+) -> None:
+    program = state.programs[segment.revision]
+    by_site: dict[int, list[int]] = {}
+    for index in segment.edits:
+        resident = residents.get(program.edits[index].dictionary)
+        if resident is not None:
+            by_site.setdefault(resident.site, []).append(index)
+    for site, indices in by_site.items():
+        entries = _entries(program, indices, segment.start, site, residents)
+        first, last = segment.start + shift, segment.stop + shift
+        run = Run(request, first, last, segment.revision, entries, fresh)
+        runs.setdefault(site, []).append(run)
+
+
+def _entries(
+    program: Program, indices: Sequence[int], position: int, site: int, residents: Residents
+) -> Entries:
+    slots = residents.banks[site].slots
+    edits = [program.edits[index] for index in indices]
+    own = [slots[entry.dictionary, entry.edit.feature] for entry in edits]
+    when = [
+        slot if entry.when is None else slots[entry.when.dictionary, entry.when.feature]
+        for slot, entry in zip(own, edits, strict=True)
+    ]
+    above = [-np.inf if entry.when is None else entry.when.above for entry in edits]
+    return Entries(
+        np.array(indices, np.uint32),
+        np.array(own, np.int32),
+        np.array([coefficients(entry.edit, position) for entry in edits], np.float32).T,
+        np.array(when, np.int32),
+        np.array(above, np.float32),
+    )
+
+
+def _wants(
+    request: int, state: RequestState, start: int, end: int, shift: int, residents: Residents
+) -> list[tuple[Resident, Want]]:
+    found = []
+    for number, spec in enumerate(state.programs[-1].read_outs):
+        first = start if spec.prompt else max(start, state.prompt_length)
+        last = end if spec.generated else min(end, state.prompt_length)
+        resident = residents.get(spec.dictionary)
+        if first < last and resident is not None:
+            want = Want(request, number, spec, first + shift, last + shift)
+            found.append((resident, want))
+    return found

@@ -1,0 +1,222 @@
+"""What a worker says of a step to the front-end, in columns over the whole batch.
+
+It crosses two process boundaries once per step, so it is plain values and packed arrays: msgpack and pickle carry
+both, and no loop over requests runs in the worker.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steer_server.generation import ActivationRows
+
+
+class RevisionStart(NamedTuple):
+    """The first position whose row ran under the revision."""
+
+    revision: int
+    position: int
+
+
+class EditTally(NamedTuple):
+    """What the edits of one revision did on `rows` rows, all in their scope; arrays align with `edits`."""
+
+    revision: int
+    rows: int
+    edits: NDArray[np.uint32]
+    changed: NDArray[np.uint32]
+    """Rows on which the activation changed."""
+    total_size: NDArray[np.float32]
+    """Sum over the rows of |delta| / |x|, of this edit alone."""
+    max_size: NDArray[np.float32]
+
+
+@dataclass
+class StepResult:
+    """What steps did for one request, gathered until a token carries it home."""
+
+    applied: list[RevisionStart] = field(default_factory=list)
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+    """Runs of positions taken from the prefix cache."""
+    tallies: list[EditTally] = field(default_factory=list)
+    rows: list[ActivationRows] = field(default_factory=list)
+    encode_seconds: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+    """Why an edit or read-out did not run; empty if all did."""
+    too_large: bool = False
+    """An edit would have moved x beyond what the model can compute with; it was left out."""
+
+
+class EditBlock(NamedTuple):
+    """Tallies of the runs of one site; run i has `entries[i]` edits in the flat arrays below."""
+
+    request: NDArray[np.int32]
+    """Index into the report's requests."""
+    revision: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    entries: NDArray[np.int32]
+    edit: NDArray[np.uint32]
+    changed: NDArray[np.uint32]
+    total_size: NDArray[np.float32]
+    max_size: NDArray[np.float32]
+
+
+class RowBlock(NamedTuple):
+    """Sparse activations of one dictionary for several read-outs, row by row."""
+
+    dictionary: str
+    wants: list[tuple[int, int, int]]
+    """(index into the report's requests, read-out, number of rows), in the order of the rows."""
+    positions: NDArray[np.uint32]
+    counts: NDArray[np.uint32]
+    """Features listed per row."""
+    features: NDArray[np.uint32]
+    values: NDArray[np.float32]
+    active: NDArray[np.uint32] | None
+    seconds: float
+
+
+@dataclass
+class StepReport:
+    """One worker's report of one step."""
+
+    requests: list[str]
+    """vLLM's ids of the requests with a program."""
+    applied: list[tuple[int, int, int]] = field(default_factory=list)
+    """(request, revision, position)."""
+    skipped: list[tuple[int, int, int]] = field(default_factory=list)
+    """(request, start, stop)."""
+    errors: list[tuple[int, str]] = field(default_factory=list)
+    """(request, why an edit or read-out of it did not run)."""
+    too_large: list[int] = field(default_factory=list)
+    edits: list[EditBlock] = field(default_factory=list)
+    rows: list[RowBlock] = field(default_factory=list)
+
+    def to_wire(self) -> list[Any]:
+        return [
+            self.requests,
+            self.applied,
+            self.skipped,
+            self.errors,
+            self.too_large,
+            [[array.tobytes() for array in block] for block in self.edits],
+            [
+                [
+                    block.dictionary,
+                    block.wants,
+                    *(array.tobytes() for array in block[2:6]),
+                    None if block.active is None else block.active.tobytes(),
+                    block.seconds,
+                ]
+                for block in self.rows
+            ],
+        ]
+
+    @classmethod
+    def from_wire(cls, content: list[Any]) -> "StepReport":
+        requests, applied, skipped, errors, too_large, edits, rows = content
+        return cls(
+            requests,
+            [tuple(entry) for entry in applied],
+            [tuple(entry) for entry in skipped],
+            [tuple(entry) for entry in errors],
+            too_large,
+            [_edit_block(block) for block in edits],
+            [_row_block(*block) for block in rows],
+        )
+
+    def by_request(self) -> dict[str, StepResult]:
+        """The report cut into what each request is owed."""
+        found: dict[int, StepResult] = defaultdict(StepResult)
+        for request, revision, position in self.applied:
+            found[request].applied.append(RevisionStart(revision, position))
+        for request, start, stop in self.skipped:
+            found[request].skipped.append((start, stop))
+        for request, error in self.errors:
+            found[request].error = error
+        for request in self.too_large:
+            found[request].too_large = True
+        for block in self.edits:
+            for request, tally in _tallies(block):
+                found[request].tallies.append(tally)
+        for block in self.rows:
+            for request, rows in _rows(block):
+                found[request].rows.append(rows)
+                seconds = found[request].encode_seconds
+                seconds[block.dictionary] = seconds.get(block.dictionary, 0.0) + block.seconds
+        return {self.requests[request]: result for request, result in found.items()}
+
+
+def _tallies(block: EditBlock) -> Iterable[tuple[int, EditTally]]:
+    ends = np.cumsum(block.entries).tolist()
+    lists = (block.request, block.revision, block.rows, block.entries)
+    for request, revision, rows, entries, end in zip(
+        *(array.tolist() for array in lists), ends, strict=True
+    ):
+        part = slice(end - entries, end)
+        yield (
+            request,
+            EditTally(
+                revision,
+                rows,
+                block.edit[part],
+                block.changed[part],
+                block.total_size[part],
+                block.max_size[part],
+            ),
+        )
+
+
+def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:
+    splits = np.concatenate([[0], np.cumsum(block.counts)]).astype(np.uint32)
+    row = 0
+    for request, read_out, count in block.wants:
+        part = slice(row, row + count)
+        own = splits[row : row + count + 1]
+        listed = slice(int(own[0]), int(own[-1]))
+        yield (
+            request,
+            ActivationRows(
+                read_out,
+                block.dictionary,
+                block.positions[part],
+                own - own[0],
+                block.features[listed],
+                block.values[listed],
+                None if block.active is None else block.active[part],
+            ),
+        )
+        row += count
+
+
+def _edit_block(block: list[bytes]) -> EditBlock:
+    request, revision, rows, entries = (np.frombuffer(data, np.int32) for data in block[:4])
+    edit, changed = (np.frombuffer(data, np.uint32) for data in block[4:6])
+    total, largest = (np.frombuffer(data, np.float32) for data in block[6:])
+    return EditBlock(request, revision, rows, entries, edit, changed, total, largest)
+
+
+def _row_block(
+    dictionary: str,
+    wants: list[list[int]],
+    positions: bytes,
+    counts: bytes,
+    features: bytes,
+    values: bytes,
+    active: bytes | None,
+    seconds: float,
+) -> RowBlock:
+    return RowBlock(
+        dictionary,
+        [(request, read_out, count) for request, read_out, count in wants],
+        np.frombuffer(positions, np.uint32),
+        np.frombuffer(counts, np.uint32),
+        np.frombuffer(features, np.uint32),
+        np.frombuffer(values, np.float32),
+        None if active is None else np.frombuffer(active, np.uint32),
+        seconds,
+    )

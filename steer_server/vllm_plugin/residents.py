@@ -1,0 +1,88 @@
+"""The dictionaries that a worker holds in memory, and the features of theirs that programs use."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steer_server.dictionary import files
+from steer_server.dictionary.dictionary import Dictionary, FeatureRows, keep_largest
+from steer_server.dictionary.site import Site
+from steer_server.errors import CorruptDictionary, DictionaryMismatch
+from steer_server.vllm_plugin.bank import Bank, Feature
+
+
+class Resident(NamedTuple):
+    """One dictionary on the worker's device."""
+
+    site: int
+    """Number of its site among the served ones."""
+    rows: FeatureRows
+    k: int
+    """Active features per token of a TopK dictionary, else 0."""
+    non_negative: bool
+    """Whether no activation is below 0."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """As `Dictionary.encode`."""
+        f = self.rows.encode(x)
+        return keep_largest(f, self.k) if self.k else f
+
+
+class Residents(dict[str, Resident]):
+    """By name. With pipeline parallelism a worker holds those of its own sites only."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        here: Sequence[int],
+        banks: dict[int, Bank],
+        device: torch.device,
+    ) -> None:
+        """`here` are the numbers of the sites in this process."""
+        super().__init__()
+        self._sites = list(sites)
+        self._here = set(here)
+        self._device = device
+        self.banks = banks
+
+    def load(self, name: str, folder: Path, arithmetic: str) -> None:
+        """Loads a folder that the front-end has verified; it must still be the same dictionary."""
+        stored = files.load(folder)
+        if stored.card.arithmetic != arithmetic:
+            raise CorruptDictionary(f"{folder} changed while dictionary {name!r} was being loaded")
+        self.add(name, stored.card.site, stored.dictionary)
+
+    def add(self, name: str, site: Site, dictionary: Dictionary) -> None:
+        """DictionaryMismatch if the engine was not started with its site."""
+        if site not in self._sites:
+            raise DictionaryMismatch(
+                f"dictionary {name!r} is of site {site}; this engine was started with "
+                f"{', '.join(map(str, self._sites))}"
+            )
+        number = self._sites.index(site)
+        if number in self._here:
+            rows = FeatureRows(*(tensor.to(self._device) for tensor in dictionary.rows))
+            non_negative = bool((rows.threshold >= 0).all())
+            self[name] = Resident(number, rows, dictionary.k, non_negative)
+
+    def acquire(self, features: Iterable[Feature]) -> None:
+        """Gives each feature of a site of this process a slot; its rows are there before the next step."""
+        for site, wanted in self._by_site(features).items():
+            bank = self.banks[site]
+            for name, feature in bank.slots.acquire(wanted):
+                bank.put(bank.slots[name, feature], self[name].rows, feature)
+
+    def release(self, features: Iterable[Feature]) -> None:
+        """Undoes one `acquire` of the same features."""
+        for site, wanted in self._by_site(features).items():
+            self.banks[site].slots.release(wanted)
+
+    def _by_site(self, features: Iterable[Feature]) -> dict[int, list[Feature]]:
+        found: dict[int, list[Feature]] = {}
+        for feature in features:
+            if feature[0] in self:
+                found.setdefault(self[feature[0]].site, []).append(feature)
+        return found
