@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model corpus protos demo serve test test-prometheus check bench
+.PHONY: help setup lock model corpus protos demo serve test test-versions test-prometheus check bench
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ serve: model ## the demo's server, until Ctrl-C
 
 test: model ## unit tests and end-to-end tests with the real model in real vLLM
 	$(BIN)/pytest -m "not prometheus and not gpu"
+
+test-versions: model ## the engine's tests with the other supported vLLM versions, each in its own environment
+	$(BIN)/python tests/versions.py
 
 test-prometheus: model ## a real Prometheus scrapes a real server (needs Debian's prometheus package)
 	$(BIN)/pytest -m prometheus

@@ -16,7 +16,7 @@ from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from steer_server import __version__
 from steer_server.dictionary.card import model_shape
@@ -28,6 +28,7 @@ from steer_server.errors import (
     EditNotApplied,
     EngineUnavailable,
     InvalidRequest,
+    SteerError,
     UnsupportedVllm,
 )
 from steer_server.generation import (
@@ -39,7 +40,7 @@ from steer_server.generation import (
     Tokenizer,
 )
 from steer_server.program import FeatureEdit, Program, ReadOut, Scope
-from steer_server.vllm_plugin import KEY
+from steer_server.vllm_plugin import KEY, WORKERS
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.frontend import LIVE, Frontend, SlotLoad, attach
 from steer_server.vllm_plugin.report import StepResult
@@ -49,10 +50,6 @@ _SENTINEL = 50.0
 """An activation that no model has by chance in a random direction."""
 _TEST_PROMPT = tuple(range(10, 18))
 _DEAD = "the engine has died; the server must be restarted"
-_WORKERS = {
-    "cpu": "steer_server.vllm_plugin.worker.SteerCPUWorker",
-    "cuda": "steer_server.vllm_plugin.worker.SteerGPUWorker",
-}
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,12 @@ class EngineSettings:
     dtype: str = "auto"
     enforce_eager: bool = False
     """Skip torch.compile: starts sooner and needs no C++ compiler."""
+    async_scheduling: bool | None = None
+    """Schedule a step while the one before is running; None leaves it to vLLM."""
     kv_cache_gib: int = 4
     """On CPU; on CUDA vLLM takes its share of the device memory."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     edit_slots: int = 1024
     """Features that running requests may edit at a site, all together; more wait their turn."""
 
@@ -182,6 +183,11 @@ class VllmEngine:
                     yield step
         except EngineDeadError as error:
             raise EngineUnavailable(_DEAD) from error
+        except EngineGenerateError as error:
+            # What admission says, as vLLM passes it on.
+            if isinstance(error.__cause__, SteerError):
+                raise error.__cause__ from None
+            raise
         finally:
             self._running.discard(name)
             if name in self._live:
@@ -244,7 +250,7 @@ class _Tokenizer:
 
 
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
-    worker = _WORKERS.get(current_platform.device_type)
+    worker = WORKERS.get(current_platform.device_type)
     if worker is None:
         raise UnsupportedVllm(f"vLLM's platform {current_platform.device_type!r} is not served")
     optional: dict[str, Any] = {
@@ -256,9 +262,11 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         dtype=settings.dtype,  # type: ignore[arg-type]
         max_num_seqs=settings.max_num_seqs,
         enforce_eager=settings.enforce_eager,
+        async_scheduling=settings.async_scheduling,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        pipeline_parallel_size=settings.pipeline_parallel_size,
         worker_cls=worker,
-        scheduler_cls="steer_server.vllm_plugin.scheduler.SteerScheduler",
-        async_scheduling=False,
+        scheduler_cls="steer_server.vllm_plugin.scheduler.scheduler",
         enable_log_requests=False,
         # Part of vLLM's compile-cache key. Without it vLLM would load a model compiled without the op.
         additional_config={
@@ -274,10 +282,11 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
 
 def _set_environment(settings: EngineSettings) -> None:
     """vLLM takes these from the environment only; what the operator has set stays."""
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    cores = sorted(os.sched_getaffinity(0))
+    ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size
+    shares = [",".join(map(str, cores[rank::ranks])) for rank in range(ranks)]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(shares))
 
 
 def _parameters(generation: Generation) -> SamplingParams:

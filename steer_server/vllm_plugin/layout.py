@@ -30,7 +30,7 @@ class Layout:
     starts: NDArray[np.int64]
     """Of the step it was made for, or of the last one it served."""
     stops: NDArray[np.int64]
-    """Positions before which nothing changes for the request."""
+    """Positions up to which each request's rows are all alike, so that the layout serves the next ones, too."""
     n_rows: int = 0
     members: list[tuple[int, str, RequestState]] = field(default_factory=list)
     """(index in the batch, vLLM's id, state) of the requests with a program."""
@@ -75,6 +75,7 @@ def lay_out(
     states: Mapping[str, RequestState],
     residents: Residents,
     tokens_of: TokensOf,
+    kernels: bool,
 ) -> Layout:
     """The layout of the coming step; updates that were waiting take hold."""
     stops = np.full(len(vllm_ids), FOREVER)
@@ -97,10 +98,11 @@ def lay_out(
                 for segment in state.segments(first, last, tokens_of(index)):
                     _add_runs(runs, request, state, segment, row - start, fresh, residents)
             wants += _wants(request, state, done, end, row - start, residents)
-            stops[index] = state.steady_until(end - 1)
+            steady = done == start and state.starts[-1] <= start
+            stops[index] = max(end, state.steady_until(start)) if steady else end
         row += count
     layout.edits = {site: SiteEdits(found) for site, found in runs.items()}
-    layout.readings = readings(wants)
+    layout.readings = readings(wants, kernels)
     return layout
 
 

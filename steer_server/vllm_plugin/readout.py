@@ -1,6 +1,5 @@
 """Encodes the rows that requests asked to read, after the model ran and off its path."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer_server.program import ReadOut
+from steer_server.vllm_plugin.encode_kernel import MAX_K, encode_topk
 from steer_server.vllm_plugin.report import RowBlock
 from steer_server.vllm_plugin.residents import Resident
 
@@ -25,19 +25,14 @@ class Want(NamedTuple):
     last: int
 
 
-class Encoded(NamedTuple):
-    """Activations on their way to the host, [rows, listed], strongest or first asked for first."""
-
-    features: Tensor
-    values: Tensor
-    active: Tensor | None
-    """Active features of each row, [rows]."""
+Encoded = tuple[Tensor, ...]
+"""Features and values, [rows, listed], strongest or first asked for first; and, at full width, how many are active."""
 
 
 class Reading:
     """The rows of one dictionary that a step reads in one way; good as long as the batch stays the same."""
 
-    def __init__(self, name: str, resident: Resident, wants: Sequence[Want]) -> None:
+    def __init__(self, name: str, resident: Resident, wants: Sequence[Want], kernels: bool) -> None:
         self.site = resident.site
         self.edited = wants[0].spec.edited
         self._name = name
@@ -53,35 +48,46 @@ class Reading:
             if together
             else torch.from_numpy(rows).to(device)
         )
-        self._encode = self._named(wants) if wants[0].spec.features else self._strongest(wants)
+        self._encode = (
+            self._named(wants) if wants[0].spec.features else self._strongest(wants, kernels)
+        )
+
+    @property
+    def requests(self) -> list[int]:
+        """The step's requests that read here."""
+        return sorted({request for request, _, _ in self._wants})
 
     def encode(self, x: Tensor) -> Encoded:
         """What the dictionary makes of the wanted rows of `x`, the batch in float32."""
         return self._encode(x[self._rows])
 
-    def block(self, encoded: Encoded, position_of_row: NDArray, seconds: float) -> RowBlock:
-        """The encoded rows as they travel; `position_of_row` is of every row of the batch."""
-        values = encoded.values.cpu().numpy()
+    def block(
+        self, encoded: Sequence[Tensor], position_of_row: NDArray, seconds: float
+    ) -> RowBlock:
+        """The encoded rows, which are on the host, as they travel; `position_of_row` is of every row of the batch."""
+        features, values, *active = (tensor.numpy() for tensor in encoded)
         listed = np.abs(values) > self._above
         listed &= self._kept
-        active = encoded.active
         return RowBlock(
             self._name,
             self._wants,
             position_of_row[self._row_numbers].astype(np.uint32),
             listed.sum(axis=1).astype(np.uint32),
-            encoded.features.cpu().numpy()[listed].astype(np.uint32),
+            features[listed].astype(np.uint32),
             values[listed],
-            None if active is None else active.cpu().numpy().astype(np.uint32),
+            active[0].astype(np.uint32) if active else None,
             seconds,
         )
 
-    def _strongest(self, wants: Sequence[Want]) -> Callable[[Tensor], Encoded]:
+    def _strongest(self, wants: Sequence[Want], kernels: bool) -> Callable[[Tensor], Encoded]:
         n_features = len(self._resident.rows.bias)
         k = min(max(want.spec.limit for want in wants), n_features)
         limits = np.repeat([want.spec.limit for want in wants], self._lengths)
         self._kept = np.arange(k) < limits[:, None]
         self._above = np.repeat([want.spec.above or 0.0 for want in wants], self._lengths)[:, None]
+
+        if kernels and k <= MAX_K and not self._resident.k:
+            return self._fused(k)
 
         def encode(x: Tensor) -> Encoded:
             f = self._resident.encode(x)
@@ -89,7 +95,15 @@ class Reading:
             size = f if self._resident.non_negative else f.abs()
             found = size.topk(k, dim=1)
             values = found.values if size is f else f.gather(1, found.indices)
-            return Encoded(found.indices, values, torch.count_nonzero(f, dim=1))
+            return found.indices, values, torch.count_nonzero(f, dim=1)
+
+        return encode
+
+    def _fused(self, k: int) -> Callable[[Tensor], Encoded]:
+        rows = self._resident.rows
+
+        def encode(x: Tensor) -> Encoded:
+            return encode_topk(x, rows.encoder, rows.bias, rows.threshold, k)
 
         return encode
 
@@ -110,22 +124,16 @@ class Reading:
 
         def encode(x: Tensor) -> Encoded:
             f = self._resident.encode(x)[:, union] if self._resident.k else chosen.encode(x)
-            return Encoded(features, f.gather(1, columns), None)
+            return features, f.gather(1, columns)
 
         return encode
 
 
-def readings(wants: Sequence[tuple[Resident, Want]]) -> list[Reading]:
-    """The wants of a step, those together that can be encoded at once."""
+def readings(wants: Sequence[tuple[Resident, Want]], kernels: bool) -> list[Reading]:
+    """The wants of a step, those together that can be encoded at once; with Triton's kernels or without."""
     groups: dict[tuple[str, bool, str], tuple[Resident, list[Want]]] = {}
     for resident, want in wants:
         spec = want.spec
         kind = "named" if spec.features else "top" if spec.top_k else "above"
         groups.setdefault((spec.dictionary, spec.edited, kind), (resident, []))[1].append(want)
-    return [Reading(key[0], resident, members) for key, (resident, members) in groups.items()]
-
-
-def timed(reading: Reading, x: Tensor) -> tuple[Encoded, float]:
-    """The encoded rows, and the seconds it took to ask for them."""
-    began = time.perf_counter()
-    return reading.encode(x), time.perf_counter() - began
+    return [Reading(key[0], *group, kernels) for key, group in groups.items()]

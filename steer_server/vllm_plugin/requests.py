@@ -72,7 +72,7 @@ class RequestState:
         return found
 
     def steady_until(self, position: int) -> int:
-        """The position before which nothing changes for a row at `position` and those after it."""
+        """The first position after `position` where other edits or read-outs hold, by the last revision."""
         program = self.programs[-1]
         if any(entry.scope.reads_tokens for entry in program.edits):
             return position + 1

@@ -40,12 +40,14 @@ class Residents(dict[str, Resident]):
         here: Sequence[int],
         banks: dict[int, Bank],
         device: torch.device,
+        by_rank: bool = True,
     ) -> None:
-        """`here` are the numbers of the sites in this process."""
+        """`here` are the numbers of the sites in this process; without `by_rank` it takes no TopK dictionaries."""
         super().__init__()
         self._sites = list(sites)
         self._here = set(here)
         self._device = device
+        self._by_rank = by_rank
         self.banks = banks
 
     def load(self, name: str, folder: Path, arithmetic: str) -> None:
@@ -62,9 +64,14 @@ class Residents(dict[str, Resident]):
                 f"dictionary {name!r} is of site {site}; this engine was started with "
                 f"{', '.join(map(str, self._sites))}"
             )
+        if dictionary.k and not self._by_rank:
+            raise DictionaryMismatch(
+                f"dictionary {name!r} is a TopK, which needs all features to know one: it is not served under CUDA "
+                "graphs; start the engine with enforce_eager"
+            )
         number = self._sites.index(site)
         if number in self._here:
-            rows = FeatureRows(*(tensor.to(self._device) for tensor in dictionary.rows))
+            rows = FeatureRows(*(t.to(self._device).contiguous() for t in dictionary.rows))
             non_negative = bool((rows.threshold >= 0).all())
             self[name] = Resident(number, rows, dictionary.k, non_negative)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from steer_server.vllm_plugin.requests import Tokens
 from steer_server.vllm_plugin.runtime import Runtime
 
 
@@ -16,13 +17,15 @@ def attach(runner: Any, runtime: Runtime) -> None:
     def prepare_inputs(scheduler_output: Any, counts: np.ndarray, *rest: Any, **named: Any) -> Any:
         prepared = prepare(scheduler_output, counts, *rest, **named)
         batch = runner.input_batch
-        starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
-        runtime.begin_step(
-            batch.req_ids,
-            counts.astype(np.int64),
-            starts.astype(np.int64),
-            lambda index: lambda start, stop: batch.token_ids_cpu[index, start:stop],
-        )
+        starts = batch.num_computed_tokens_cpu[: batch.num_reqs].astype(np.int64)
+
+        def tokens_of(index: int) -> Tokens:
+            # The step's own rows on the device, because the batch on the host lacks tokens that async scheduling has
+            # not brought there; reading them waits for the device.
+            shift = int(counts[:index].sum()) - int(starts[index])
+            return lambda start, stop: runner.input_ids.gpu[start + shift : stop + shift].tolist()
+
+        runtime.begin_step(batch.req_ids, counts.astype(np.int64), starts, tokens_of)
         return prepared
 
     runner._prepare_inputs = prepare_inputs

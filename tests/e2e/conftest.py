@@ -1,14 +1,30 @@
 """One eager engine and one reference model for all end-to-end tests."""
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from vllm.config import CompilationMode
 
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.engine import EngineSettings, VllmEngine
 from tests.conftest import SITE
 from tests.e2e.reference import Reference
+
+MODES = set(filter(None, os.environ.get("STEER_TEST_VLLM", "").split(",")))
+"""Set by test_vllm_modes.py for the processes that it starts."""
+
+
+def modes_of(engine: VllmEngine) -> set[str]:
+    """The modes of vllm_modes/sitecustomize.py that vLLM runs in."""
+    config = engine._llm.vllm_config
+    on = {
+        "v2": config.use_v2_model_runner,
+        "async": config.scheduler_config.async_scheduling,
+        "piecewise": config.compilation_config.mode == CompilationMode.VLLM_COMPILE,
+    }
+    return {name for name, is_on in on.items() if is_on}
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +43,7 @@ async def engine(
         kv_cache_gib=1,
     )
     engine = await VllmEngine.start(settings)
+    assert modes_of(engine) == MODES
     await engine.add_dictionary("random", random_dictionary)
     yield engine
     await engine.shutdown()

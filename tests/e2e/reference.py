@@ -1,6 +1,7 @@
 """The independent reference: transformers in float32 with a forward hook that edits and records x."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +27,9 @@ class Reference:
     """Greedy generation, one token at a time."""
 
     def __init__(self, model: Path, layer: int, dictionary: Dictionary) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(model)
-        self._layer = self._model.model.layers[layer]
+        self._layer = self.model.model.layers[layer]
         self._dictionary = dictionary
 
     def tokenize(self, text: str) -> list[int]:
@@ -36,6 +37,29 @@ class Reference:
 
     @torch.no_grad()
     def generate(self, prompt: Sequence[int], tokens: int, edits_at: EditsAt) -> Completion:
+        with self._hooked(edits_at) as seen:
+            ids, logprobs, cache = [], [], None
+            step = torch.tensor([list(prompt)])
+            for _ in range(tokens):
+                out = self.model(step, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                scores = out.logits[0, -1].log_softmax(dim=-1)
+                token = int(scores.argmax())
+                ids.append(token)
+                logprobs.append(float(scores[token]))
+                step = torch.tensor([[token]])
+        return Completion(tuple(ids), tuple(logprobs), torch.cat(seen))
+
+    @torch.no_grad()
+    def score(self, prompt: Sequence[int], edits_at: EditsAt) -> list[float]:
+        """The log-probability of each prompt token but the first."""
+        with self._hooked(edits_at):
+            scores = self.model(torch.tensor([list(prompt)])).logits[0, :-1].log_softmax(dim=-1)
+        return scores.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+
+    @contextmanager
+    def _hooked(self, edits_at: EditsAt) -> Iterator[list[Tensor]]:
+        """Edits what the model computes within; yields x of each pass."""
         seen: list[Tensor] = []
         position = 0
 
@@ -53,16 +77,6 @@ class Reference:
 
         handle = self._layer.register_forward_hook(hook)
         try:
-            ids, logprobs, cache = [], [], None
-            step = torch.tensor([list(prompt)])
-            for _ in range(tokens):
-                out = self._model(step, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                scores = out.logits[0, -1].log_softmax(dim=-1)
-                token = int(scores.argmax())
-                ids.append(token)
-                logprobs.append(float(scores[token]))
-                step = torch.tensor([[token]])
+            yield seen
         finally:
             handle.remove()
-        return Completion(tuple(ids), tuple(logprobs), torch.cat(seen))

@@ -17,6 +17,7 @@ from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.program import ReadOut
 from tests.conftest import SITE
 from tests.e2e import test_engine
+from tests.e2e.conftest import MODES, modes_of
 from tests.e2e.helpers import IOI, program, run
 from tests.e2e.reference import Reference
 from tests.e2e.test_engine import assert_same, from_one
@@ -33,6 +34,7 @@ async def started(model: Path, site: Site = SITE) -> AsyncIterator[VllmEngine]:
     )
     engine = await VllmEngine.start(settings)
     try:
+        assert modes_of(engine) == MODES
         yield engine
     finally:
         await engine.shutdown()

@@ -1,5 +1,9 @@
-"""The worker's runtime without a model: random batches, any packing, any chunks, any interruption."""
+"""The worker's runtime without a model: random batches, any packing, any chunks, any interruption.
 
+With TRITON_INTERPRET=1 the same tests run through the Triton kernels instead of plain torch.
+"""
+
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +47,10 @@ from tests.unit.strategies import (
 
 SITES = (Site("resid_post", 1), Site("resid_post", 3))
 PROMPT, VOCABULARY = 6, 5
+KERNELS = bool(os.environ.get("TRITON_INTERPRET"))
 NAMES = "trjkgi"
 """Of a dictionary of each of ARCHITECTURES: tied, relu, jump_relu, top_k, gated, identity."""
+SERVED = NAMES.replace("k", "") if KERNELS else NAMES
 
 
 @dataclass
@@ -82,9 +88,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
 
 
 def new_runtime(saved: dict[str, Saved]) -> Runtime:
-    runtime = Runtime(SITES, [0, 1], D_MODEL, 64, torch.device("cpu"))
-    for name, entry in saved.items():
-        runtime.residents.load(name, entry.folder, entry.arithmetic)
+    rows = 64 if KERNELS else 0
+    runtime = Runtime(SITES, [0, 1], D_MODEL, 64, torch.device("cpu"), kernel_rows=rows)
+    for name in SERVED:
+        runtime.residents.load(name, saved[name].folder, saved[name].arithmetic)
     return runtime
 
 
@@ -198,7 +205,7 @@ def scopes(draw: st.DrawFn) -> Scope:
 def programs(draw: st.DrawFn) -> Program:
     shared = draw(scopes())
     found = []
-    for name in draw(st.sets(st.sampled_from(NAMES))):
+    for name in draw(st.sets(st.sampled_from(SERVED))):
         for edit in draw(edit_sets()):
             scope = draw(scopes()) if draw(st.integers(0, 3)) == 0 else shared
             when = None
@@ -208,10 +215,15 @@ def programs(draw: st.DrawFn) -> Program:
     return Program(tuple(found))
 
 
-@settings(max_examples=100)
-@given(asked=st.lists(programs(), min_size=1, max_size=4), chunk=st.integers(1, 5), seed=seeds)
+@settings(max_examples=10 if KERNELS else 100)
+@given(
+    asked=st.lists(programs(), min_size=1, max_size=4),
+    chunk=st.integers(1, 5),
+    steady=st.booleans(),
+    seed=seeds,
+)
 def test_each_row_gets_its_own_requests_edits_in_any_packing(
-    saved: dict[str, Saved], asked: list[Program], chunk: int, seed: int
+    saved: dict[str, Saved], asked: list[Program], chunk: int, steady: bool, seed: int
 ) -> None:
     batch = Batch(new_runtime(saved), seed)
     total = 10
@@ -220,8 +232,10 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
     done = {f"r{i}": 0 for i in range(len(asked))} | {"plain": 0}
     order = list(done)
     while any(count < total for count in done.values()):
-        order = order[1:] + order[:1]
-        rows = [(n, done[n], min(chunk + i, total - done[n])) for i, n in enumerate(order)]
+        if not steady:
+            order = order[1:] + order[:1]
+        sizes = [chunk if steady else chunk + i for i in range(len(order))]
+        rows = [(n, done[n], min(k, total - done[n])) for n, k in zip(order, sizes, strict=True)]
         rows = [row for row in rows if row[2] > 0]
         batch.step(rows, padding=chunk % 3)
         for name, _, count in rows:
@@ -239,6 +253,21 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
         tokens = [batch.token(f"r{i}", position) for position in range(total)]
         for report, entry in zip(reports, program.edits, strict=True):
             assert report.tokens_in_scope == entry.mask(0, total, PROMPT, tokens).sum()
+
+
+def test_chunks_of_one_size_are_not_taken_for_more_of_the_same(
+    runtime: Runtime, saved: dict[str, Saved]
+) -> None:
+    batch = Batch(runtime, 9)
+    program = Program((FeatureEdit("t", Add(1, 2.0)),))
+    batch.admit("r", 40, program)
+    for start in (0, 4, 8, 12):
+        batch.step([("r", start, 4)])
+
+    for position in range(16):
+        x, change = batch.x("r", 0, position), change_at(saved, program, batch, "r", 0, position)
+        torch.testing.assert_close(batch.edited["r", 0, position], x + change)
+    assert batch.accounts["r"]._totals[0].rows.tolist() == [15]
 
 
 def test_a_steady_batch_is_laid_out_once(runtime: Runtime, saved: dict[str, Saved]) -> None:
@@ -370,6 +399,8 @@ def test_rows_from_the_prefix_cache_are_no_gap_in_the_proof(runtime: Runtime) ->
     assert report.tokens_in_scope == 4
 
 
+# Triton's interpreter computes with numpy, which would rather not.
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 def test_edits_too_large_for_the_model_are_left_out_and_fail_their_request(
     runtime: Runtime,
 ) -> None:
@@ -448,9 +479,11 @@ def test_slots_are_counted_and_freed_in_any_order(seed: int, wanted: list[set[in
 def test_a_dictionary_of_an_unserved_site_or_with_other_bytes_is_refused(
     saved: dict[str, Saved],
 ) -> None:
-    runtime = Runtime(SITES[:1], [0], D_MODEL, 8, torch.device("cpu"))
+    runtime = Runtime(SITES[:1], [0], D_MODEL, 8, torch.device("cpu"), kernel_rows=8)
 
     with pytest.raises(DictionaryMismatch, match=r"resid_post\.3"):
         runtime.residents.load("r", saved["r"].folder, saved["r"].arithmetic)
     with pytest.raises(CorruptDictionary, match="changed"):
         runtime.residents.load("t", saved["t"].folder, "0" * 64)
+    with pytest.raises(DictionaryMismatch, match="CUDA graphs"):
+        runtime.residents.add("k", SITES[0], saved["k"].dictionary)

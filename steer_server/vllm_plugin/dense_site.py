@@ -1,4 +1,4 @@
-"""The op's body in plain torch: two dense products over the features in use, whatever the mix of programs."""
+"""The op in plain torch: two dense products over the features in use, whatever the mix of programs."""
 
 import numpy as np
 import torch
@@ -7,11 +7,51 @@ from torch import Tensor
 from steer_server.dictionary.edits import Coefficients, activation_change
 from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.residents import Residents
-from steer_server.vllm_plugin.site_edits import MAX_RELATIVE_SIZE, Outcome, SiteEdits
+from steer_server.vllm_plugin.site_edits import MAX_RELATIVE_SIZE, Outcome, SiteEdits, SitePass
 
 
-class DensePlan:
-    """`SiteEdits` ready to run; good for as many steps as the batch stays the same.
+class DenseSite:
+    """One site whose op runs in torch, told before each pass what it is to do."""
+
+    def __init__(self, bank: Bank, residents: Residents) -> None:
+        self._bank = bank
+        self._residents = residents
+        self._plan: _Plan | None = None
+        self._before = self._after = False
+        self._n_rows = 0
+        self._pass = SitePass()
+
+    def prepare(self, edits: SiteEdits | None, before: bool, after: bool, n_rows: int) -> None:
+        """From now on passes have `n_rows` rows; x is kept before and after the edits where that is asked for."""
+        self._plan = _Plan(edits, self._bank, self._residents) if edits else None
+        self._before, self._after, self._n_rows = before, after, n_rows
+
+    def begin(self) -> None:
+        """A pass is coming."""
+        self._pass = SitePass()
+
+    def run(self, hidden: Tensor, residual: Tensor | None) -> None:
+        """The op's body. Rows past the step's own are padding and left alone."""
+        if self._plan is None and not self._before and not self._after:
+            return
+        hidden = hidden[: self._n_rows]
+        if residual is not None:
+            residual = residual[: self._n_rows]
+        x = _stream(hidden, residual)
+        if self._plan is not None:
+            self._pass.outcome = self._plan.apply(x, hidden)
+        if self._before:
+            self._pass.before = x
+        if self._after:
+            self._pass.after = _stream(hidden, residual)
+
+    def end(self) -> SitePass:
+        """What the pass left."""
+        return self._pass
+
+
+class _Plan:
+    """`SiteEdits` ready to run.
 
     Each row has its own coefficients; a row without a program is not touched at all. Where a row's program leaves a
     feature of its neighbours alone, that feature's part of its delta is an exact 0.
@@ -78,3 +118,10 @@ def _chosen_by_rank(slots: np.ndarray, bank: Bank, residents: Residents):
             columns.append(column)
             features.append(feature)
     return [(residents[name], columns, features) for name, (columns, features) in found.items()]
+
+
+def _stream(hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """x in float32, apart from the model's own memory."""
+    if residual is not None:
+        return hidden.float() + residual.float()
+    return hidden.float() if hidden.dtype != torch.float32 else hidden.clone()

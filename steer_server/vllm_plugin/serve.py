@@ -1,0 +1,192 @@
+"""What plain vLLM's front-end does for programs: starts engines with sites, admits, proves, answers."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import InputStreamError
+from vllm.v1.engine.output_processor import OutputProcessor
+
+from steer_server import __version__
+from steer_server.dictionary.card import model_shape
+from steer_server.dictionary.files import check_model, load
+from steer_server.errors import InvalidRequest, SteerError, UnsupportedVllm
+from steer_server.generation import ActivationRows
+from steer_server.vllm_plugin import KEY, WORKERS
+from steer_server.vllm_plugin.account import Account
+from steer_server.vllm_plugin.frontend import Frontend, attach
+from steer_server.vllm_plugin.plugin import SLOTS
+
+DEFAULT_SLOTS = 1024
+_BEAM_SEARCHES = {
+    "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
+    "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
+}
+
+
+def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str]) -> Any:
+    """The config that `create` makes of `arguments`, for an engine with the dictionaries in `folders` resident.
+
+    The next OutputProcessor of this process belongs to it. Without dictionaries it refuses every program.
+    """
+    if not folders:
+        config = create()
+        _refuse_beam_search()
+        _attach_to_next(_refuse_programs)
+        return config
+    stored = {name: load(Path(folder)) for name, folder in folders.items()}
+    sites = sorted({entry.card.site for entry in stored.values()})
+    slots = int(os.environ.get(SLOTS, DEFAULT_SLOTS))
+    worker = WORKERS.get(current_platform.device_type)
+    if worker is None:
+        raise UnsupportedVllm(f"vLLM's platform {current_platform.device_type!r} is not served")
+    arguments.worker_cls = worker
+    arguments.scheduler_cls = "steer_server.vllm_plugin.scheduler.scheduler"
+    arguments.additional_config = {
+        **(arguments.additional_config or {}),
+        KEY: {
+            "sites": list(map(str, sites)),
+            "slots": slots,
+            "version": __version__,
+            "dictionaries": [
+                [name, str(entry.folder.resolve()), entry.card.arithmetic]
+                for name, entry in stored.items()
+            ],
+        },
+    }
+    config = create()
+    _refuse_beam_search()
+    shape = model_shape(config.model_config.hf_text_config)
+    for entry in stored.values():
+        check_model(entry.card, shape)
+    frontend = Frontend(sites, slots)
+    frontend.dictionaries.update(stored)
+    _attach_to_next(lambda processor: _answer(processor, frontend))
+    return config
+
+
+def _attach_to_next(then: Callable[[Any], None]) -> None:
+    initialise = OutputProcessor.__init__
+
+    def init(self: Any, *rest: Any, **named: Any) -> None:
+        OutputProcessor.__init__ = initialise
+        initialise(self, *rest, **named)
+        then(self)
+
+    OutputProcessor.__init__ = init
+
+
+def _refuse_beam_search() -> None:
+    """vLLM's beam search drops `vllm_xargs`, and with it the edits; where its HTTP server runs that is an error."""
+    for name, kind in _BEAM_SEARCHES.items():
+        loaded = sys.modules.get(name)
+        if loaded is None:
+            continue
+        request = getattr(loaded, kind)
+        convert = request.to_beam_search_params
+
+        def checked(
+            self: Any, *rest: Any, _convert: Callable[..., Any] = convert, **named: Any
+        ) -> Any:
+            if KEY in (self.vllm_xargs or {}):
+                raise VLLMValidationError("edits do not work with beam search", parameter=KEY)
+            return _convert(self, *rest, **named)
+
+        request.to_beam_search_params = checked
+
+
+def _refuse_programs(processor: Any) -> None:
+    add = processor.add_request
+
+    def add_request(request: Any, *rest: Any, **named: Any) -> None:
+        parameters = request.sampling_params
+        if parameters is not None and KEY in (parameters.extra_args or {}):
+            raise VLLMValidationError(
+                "this server has no dictionaries, so the edits of this request cannot be made: start it "
+                "with STEER_DICTIONARIES=name=folder, or leave out vllm_xargs.steer",
+                parameter=KEY,
+            )
+        add(request, *rest, **named)
+
+    processor.add_request = add_request
+
+
+def _answer(processor: Any, frontend: Frontend) -> None:
+    """Admission, and with the last output of each request the proof of its edits and what it read."""
+    attach(processor, frontend)
+    add, process = processor.add_request, processor.process_outputs
+    kept: dict[str, list[ActivationRows]] = {}
+
+    def add_request(request: Any, *rest: Any, **named: Any) -> None:
+        try:
+            add(request, *rest, **named)
+        except SteerError as error:
+            raise _bad_request(error) from error
+
+    def process_outputs(outputs: Any, *rest: Any, **named: Any) -> Any:
+        known = processor.request_states
+        states = {output.request_id: known.get(output.request_id) for output in outputs}
+        result = process(outputs, *rest, **named)
+        for vllm_id, state in states.items():
+            account = frontend.accounts.get(vllm_id)
+            if account is None or state is None:
+                continue
+            try:
+                rows = kept.setdefault(vllm_id, [])
+                rows += [found for entry in account.take() for found in entry.rows]
+                if vllm_id not in known:
+                    _deliver(state, result, _report(account, kept.pop(vllm_id)))
+            except SteerError as error:
+                _fail(state, error)
+        for vllm_id in kept.keys() - known.keys():
+            del kept[vllm_id]
+        return result
+
+    processor.add_request, processor.process_outputs = add_request, process_outputs
+
+
+def _report(account: Account, rows: list[ActivationRows]) -> dict[str, Any]:
+    return {
+        "edits": [asdict(report) for report in account.close()],
+        "activations": [
+            {
+                "read_out": entry.read_out,
+                "dictionary": entry.dictionary,
+                "positions": entry.positions.tolist(),
+                "row_splits": entry.row_splits.tolist(),
+                "features": entry.features.tolist(),
+                "values": entry.values.tolist(),
+            }
+            for entry in rows
+        ],
+    }
+
+
+def _deliver(state: Any, result: Any, report: dict[str, Any]) -> None:
+    """Puts the report on the request's last output, which nobody has taken yet."""
+    waiting = [state.queue.output] if state.queue is not None else result.request_outputs
+    for output in waiting:
+        if output is not None and getattr(output, "request_id", None) == state.external_req_id:
+            found = output.kv_transfer_params or {}
+            found.setdefault(KEY, {})[str(state.request_index)] = report
+            output.kv_transfer_params = found
+
+
+def _fail(state: Any, error: SteerError) -> None:
+    """Ends one request with the error in place of the output that nobody has taken yet."""
+    if state.queue is None:
+        raise error
+    # vLLM hands the cause on and aborts the request.
+    blamed = isinstance(error, InvalidRequest)
+    state.queue.put(InputStreamError(_bad_request(error) if blamed else error))
+
+
+def _bad_request(error: SteerError) -> VLLMValidationError:
+    """What vLLM answers with 400."""
+    where = f"{KEY}.{error.field}" if error.field else KEY
+    return VLLMValidationError(f"{where}: {error}", parameter=where)

@@ -1,0 +1,44 @@
+"""Which vLLM, and which of its settings, edits work with; everything else is refused by name when the engine starts."""
+
+from typing import Any
+
+import torch
+import vllm
+
+from steer_server.errors import UnsupportedVllm
+from steer_server.vllm_plugin import KEY
+
+SUPPORTED_VLLM = ("0.30", "0.31", "0.32")
+
+
+def check_supported(config: Any) -> None:
+    """UnsupportedVllm names what this version of steer does not work with."""
+    version = ".".join(vllm.__version__.split(".")[:2])
+    if version not in SUPPORTED_VLLM:
+        raise UnsupportedVllm(
+            f"vLLM {vllm.__version__} is not supported; install {' or '.join(SUPPORTED_VLLM)}"
+        )
+    parallel = config.parallel_config
+    refused = {
+        # A draft that is rejected would have been edited, counted and reported.
+        "speculative decoding": config.speculative_config is not None,
+        # An update would have to find the engine that has its request.
+        "data parallelism inside one server; run replicas": parallel.data_parallel_size > 1,
+        # These give the layers a part of the step's rows, or other rows.
+        "dual-batch overlap": parallel.use_ubatching,
+        "context parallelism": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "fast prefill of shared KV": config.cache_config.kv_sharing_fast_prefill,
+    }
+    for what, found in refused.items():
+        if found:
+            raise UnsupportedVllm(f"edits do not work with {what} in this version")
+
+
+def use_kernels(config: Any, device: torch.device) -> bool:
+    """Whether Triton's kernels do the work: where CUDA graphs replay the op, nothing else can.
+
+    `additional_config` may ask for them elsewhere, which is how they are tested without a GPU.
+    """
+    graphs = device.type == "cuda" and not config.model_config.enforce_eager
+    return bool(config.additional_config[KEY].get("kernels", graphs))

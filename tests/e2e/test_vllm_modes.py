@@ -1,0 +1,41 @@
+"""The engine's tests again, with vLLM in modes that it keeps for GPUs.
+
+A mode must be chosen before vLLM is imported, so each has a pytest process of its own. See vllm_modes/sitecustomize.py.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
+
+HERE = Path(__file__).parent
+ENGINE = "tests/e2e/test_engine.py"
+COMPILED = "tests/e2e/test_compiled.py"
+
+
+@pytest.mark.parametrize(
+    ("modes", "tests"),
+    [
+        ("async", [ENGINE]),
+        ("piecewise", [COMPILED]),
+        pytest.param("v2", [ENGINE], marks=pytest.mark.nightly),
+        pytest.param("v2,async", [ENGINE], marks=pytest.mark.nightly),
+    ],
+)
+def test_the_engine_is_right_in_vllms_gpu_modes(modes: str, tests: list[str]) -> None:
+    paths = [str(HERE / "vllm_modes"), os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "STEER_TEST_VLLM": modes,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=3000"]
+
+    finished = subprocess.run(
+        [*command, *tests], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert finished.returncode == 0, finished.stdout[-20_000:]

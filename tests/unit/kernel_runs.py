@@ -1,0 +1,146 @@
+"""Runs the Triton kernels where they can run: on a GPU, or in a process in which Triton interprets them.
+
+Triton decides that when it is imported, so nothing here imports it at the top.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNTOUCHED = -7.0
+"""What the output tables hold before a run."""
+
+
+@dataclass
+class EditCase:
+    """A batch and its tables; the outputs are made by the run."""
+
+    hidden: Tensor
+    residual: Tensor | None
+    bank: tuple[Tensor, ...]
+    lines: tuple[Tensor, ...]
+    row_line: Tensor
+    row_read: Tensor
+    extra_columns: int = 0
+    """How much longer than d_model a row of the buffer that holds `hidden` is."""
+
+
+@dataclass
+class Edited:
+    hidden: Tensor
+    change: Tensor
+    x_norm: Tensor
+    applied: Tensor
+    x_before: Tensor
+    x_after: Tensor
+    beside: Tensor
+    """The extra columns of the buffer."""
+
+
+Run = Callable[..., Any]
+
+
+@contextmanager
+def process(interpret: bool) -> Iterator[Run]:
+    """A function that calls functions of this module in a process of their own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _start, (interpret,)) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+def _start(interpret: bool) -> None:
+    assert "triton" not in sys.modules
+    os.environ["TRITON_INTERPRET"] = str(int(interpret))
+    torch.set_num_threads(1)
+
+
+def edit(device: str, case: EditCase) -> Edited:
+    from steer_server.vllm_plugin.edit_kernel import Bank, Lines, Outcome, edit_rows
+
+    # A tensor from another process shares its memory with it.
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.clone().to(device)
+
+    n_rows, d_model = case.hidden.shape
+    max_rows, entries = case.row_line.shape[0], case.lines[1].shape[1]
+    buffer = torch.nn.functional.pad(place(case.hidden), (0, case.extra_columns), value=UNTOUCHED)
+    hidden = buffer[:, :d_model]
+    out = Outcome(
+        *[
+            torch.full(shape, UNTOUCHED, device=device, dtype=dtype)
+            for shape, dtype in (
+                ((max_rows, entries), torch.float32),
+                ((max_rows,), torch.float32),
+                ((max_rows,), torch.int32),
+                ((max_rows, d_model), torch.float32),
+                ((max_rows, d_model), torch.float32),
+            )
+        ]
+    )
+    residual = None if case.residual is None else place(case.residual)
+    bank, lines = Bank(*map(place, case.bank)), Lines(*map(place, case.lines))
+    edit_rows(hidden, residual, bank, lines, place(case.row_line), place(case.row_read), out)
+    assert hidden.shape[0] == n_rows
+    tensors = (hidden.contiguous(), *out, buffer[:, d_model:].contiguous())
+    return Edited(*[tensor.cpu() for tensor in tensors])
+
+
+def encode(
+    device: str, x: Tensor, tables: tuple[Tensor, Tensor, Tensor], k: int, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from steer_server.vllm_plugin.encode_kernel import encode_topk
+
+    if options.get("rows") is not None:
+        options["rows"] = options["rows"].to(device)
+    top = encode_topk(x.to(device), *[table.to(device) for table in tables], k, **options)
+    features, values, active = (tensor.cpu() for tensor in top)
+    return features, values, active
+
+
+def compile_for_cuda(arch: int, cache: str) -> dict[str, int]:
+    """Compiles what a launch of each kernel needs, down to machine code; its size by kernel. Needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    os.environ["TRITON_CACHE_DIR"] = cache
+    sizes: dict[str, int] = {}
+
+    class OnlyTarget:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    def compile_only(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            compiled = kernel.warmup(*arguments, grid=grid, **options)
+            sizes[compiled.metadata.name] = len(compiled.asm["cubin"])
+
+        return launch
+
+    triton.runtime.driver.set_active(OnlyTarget())
+    JITFunction.__getitem__ = compile_only
+    from steer_server.vllm_plugin import edit_kernel, encode_kernel
+
+    n, d_model = 16, 576
+    real, whole = torch.zeros(n, d_model), torch.zeros(n, d_model, dtype=torch.int32)
+    bank = edit_kernel.Bank(real, real[0], real[0], real, real[0])
+    lines = edit_kernel.Lines(whole[0], whole, *[real] * 5, whole, real)
+    out = edit_kernel.Outcome(real, real[0], whole[0], real, real)
+    hidden = real.to(torch.bfloat16)
+    edit_kernel.edit_rows(hidden, hidden.clone(), bank, lines, whole[0], whole[0], out)
+    encode_kernel.encode_topk(real, real, real[0], real[0], 8, rows=whole[0, :n])
+    return sizes
