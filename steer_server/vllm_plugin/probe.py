@@ -133,9 +133,13 @@ def _look(places: Sequence[Place], loaded: LoadedModel) -> tuple[Tensor, list[_S
                 calls = f"{type(module).__name__} runs {len(seen[module])} times in a pass"
                 raise place.refusal(f"cannot be edited: {calls}")
         _check_output(place, seen[place.module][0], len(plain), loaded)
-    return plain, [
+    tensors = [
         _Seen(_tensors(seen[place.module][0]), _tensors(seen[place.layer][0])) for place in places
     ]
+    for place, (own, layers) in zip(places, tensors, strict=True):
+        if not layers or own[0].shape[-1] != layers[0].shape[-1]:
+            raise place.refusal("returns a tensor that is not as wide as its layer's")
+    return plain, tensors
 
 
 def _check_output(place: Place, output: Any, rows: int, loaded: LoadedModel) -> None:
