@@ -111,18 +111,21 @@ def coefficients(edit: Edit, position: int = 0) -> Coefficients:
 def activation_change(
     f: Float[Tensor, "tokens features"],
     x_norm: Float[Tensor, "tokens 1"],
-    decoder_norm: Float[Tensor, "*tokens features"],
     table: Coefficients,
     *,
+    shared: bool = True,
     limited: bool = True,
 ) -> Float[Tensor, "tokens features"]:
-    """`f' - f` of the edited features; the coefficients may differ from token to token.
+    """`f' - f` of the edited features; the coefficients, all tensors, may differ from token to token.
 
-    Exactly 0 where the coefficients ask for nothing. `limited` is False if no edit has a finite low or high.
+    Here `table.share` is over the norm of the decoder row. Exactly 0 where the coefficients ask for nothing. `shared`
+    is False if no edit has a share, `limited` if none has a finite low or high.
     """
-    change = table.gain * f + table.offset + table.share * (x_norm / decoder_norm)
+    change = torch.addcmul(table.offset, table.gain, f)  # type: ignore[arg-type]
+    if shared:
+        change = torch.addcmul(change, table.share, x_norm)  # type: ignore[arg-type]
     if limited:
-        change = change + (f.clamp(torch.as_tensor(table.low), torch.as_tensor(table.high)) - f)
+        change = change + (f.clamp(table.low, table.high) - f)  # type: ignore[arg-type]
     return change
 
 
@@ -146,9 +149,9 @@ def edit_delta(
     decoder = dictionary.rows.decoder[features]
     table = [[_at(edit, position) for edit in edits] for position in positions or range(len(x))]
     numbers = x.new_tensor(table).reshape(len(x), len(edits), len(Coefficients._fields))
-    x_norm = x.norm(dim=-1, keepdim=True)
-    change = activation_change(f, x_norm, decoder.norm(dim=-1), Coefficients(*numbers.unbind(-1)))
-    return change @ decoder
+    coefficients = Coefficients(*numbers.unbind(-1))
+    coefficients = coefficients._replace(share=coefficients.share / decoder.norm(dim=-1))
+    return activation_change(f, x.norm(dim=-1, keepdim=True), coefficients) @ decoder
 
 
 def _at(edit: Edit, position: int) -> Coefficients:

@@ -74,11 +74,13 @@ class _Plan:
         line = (
             edits.line_of_row if (lines.numbers != lines.numbers[:, :1]).any() else np.zeros(1, int)
         )
-        self._table = Coefficients(*torch.from_numpy(lines.numbers[:, line]).to(device))
+        table = Coefficients(*torch.from_numpy(lines.numbers[:, line]).to(device))
         if not self._uniform:
             place = np.searchsorted(slots, lines.slot)[edits.line_of_row]
             self._column = torch.from_numpy(place).to(device)
             self._norms = self._norms[self._column]
+        self._shared = bool(lines.numbers[2].any())
+        self._table = table._replace(share=table.share / self._norms)
         if self._conditional:
             place = np.searchsorted(slots, lines.when_slot)[edits.line_of_row]
             self._when = torch.from_numpy(place).to(device)
@@ -94,18 +96,31 @@ class _Plan:
         for resident, columns, features in self._chosen:
             f[:, columns] = resident.encode(x)[:, features]
         own = f if self._uniform else f.gather(1, self._column)
-        change = activation_change(own, x_norm, self._norms, self._table, limited=self._limited)
+        change = activation_change(
+            own, x_norm, self._table, shared=self._shared, limited=self._limited
+        )
         if self._conditional:
             change = torch.where(f.gather(1, self._when) > self._above, change, 0.0)
         spread = change
         if not self._uniform:
             spread = torch.zeros_like(f).scatter_add_(1, self._column, change)
         delta = spread @ self._features.decoder
-        edited = hidden[self._rows] + delta.to(hidden.dtype)
         applied = delta.norm(dim=-1, keepdim=True) <= MAX_RELATIVE_SIZE * x_norm
-        applied &= edited.isfinite().all(dim=-1, keepdim=True)
-        hidden[self._rows] = torch.where(applied, edited, hidden[self._rows])
+        if hidden.dtype == torch.float32:
+            self._add(hidden, torch.where(applied, delta, 0.0))
+        else:
+            mine = hidden[self._rows]
+            # Rounded once; only float16 can overflow where the bound above holds.
+            edited = (mine.float() + delta).to(hidden.dtype)
+            applied &= edited.isfinite().all(dim=-1, keepdim=True)
+            hidden[self._rows] = torch.where(applied, edited, mine)
         return Outcome(change, x_norm, self._norms, applied)
+
+    def _add(self, hidden: Tensor, delta: Tensor) -> None:
+        if isinstance(self._rows, slice):
+            hidden[self._rows] += delta
+        else:
+            hidden.index_add_(0, self._rows, delta)
 
 
 def _chosen_by_rank(slots: np.ndarray, bank: Bank, residents: Residents):

@@ -95,7 +95,7 @@ class Reading:
             size = f if self._resident.non_negative else f.abs()
             found = size.topk(k, dim=1)
             values = found.values if size is f else f.gather(1, found.indices)
-            return found.indices, values, torch.count_nonzero(f, dim=1)
+            return found.indices, values, self._resident.count_active(f)
 
         return encode
 

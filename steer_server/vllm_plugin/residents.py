@@ -24,11 +24,22 @@ class Resident(NamedTuple):
     """Active features per token of a TopK dictionary, else 0."""
     non_negative: bool
     """Whether no activation is below 0."""
+    rectified: bool
+    """Whether every threshold is 0."""
 
     def encode(self, x: Tensor) -> Tensor:
         """As `Dictionary.encode`."""
-        f = self.rows.encode(x)
+        if self.rectified:
+            # A third of the time that a comparison with each threshold takes.
+            f = torch.nn.functional.linear(x, self.rows.encoder, self.rows.bias).relu_()
+        else:
+            f = self.rows.encode(x)
         return keep_largest(f, self.k) if self.k else f
+
+    def count_active(self, f: Tensor) -> Tensor:
+        """Active features per row."""
+        # As above: count_nonzero takes several times as long.
+        return f.sign().sum(dim=1) if self.non_negative else torch.count_nonzero(f, dim=1)
 
 
 class Residents(dict[str, Resident]):
@@ -72,8 +83,13 @@ class Residents(dict[str, Resident]):
         number = self._sites.index(site)
         if number in self._here:
             rows = FeatureRows(*(t.to(self._device).contiguous() for t in dictionary.rows))
-            non_negative = bool((rows.threshold >= 0).all())
-            self[name] = Resident(number, rows, dictionary.k, non_negative)
+            self[name] = Resident(
+                number,
+                rows,
+                dictionary.k,
+                non_negative=bool((rows.threshold >= 0).all()),
+                rectified=bool((rows.threshold == 0).all()),
+            )
 
     def acquire(self, features: Iterable[Feature]) -> None:
         """Gives each feature of a site of this process a slot; its rows are there before the next step."""
