@@ -51,6 +51,7 @@ async def start_engine(config: ServerConfig, registry: Registry) -> Engine:
         sites=sites,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        edit_slots=config.edit_slots,
         dtype=config.dtype,
         enforce_eager=config.enforce_eager,
         kv_cache_gib=config.kv_cache_gib,
@@ -82,7 +83,7 @@ async def serve(
         raise InvalidConfig(f"cannot listen on it: {error}", field="metrics_port") from error
     engine = await start(config, registry)
     try:
-        metrics.watch_engine(lambda: engine.alive)
+        metrics.watch_engine(engine)
         await server.start(Generations(engine, registry, metrics, watch))
         await server.open()
         print(

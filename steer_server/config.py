@@ -61,6 +61,8 @@ class ServerConfig:
     """Prompt and generated tokens together; None: what the model was made for."""
     max_num_seqs: int = 64
     """Requests computed together."""
+    edit_slots: int = 1024
+    """Features that running requests may edit at a site, all together; a request that finds no room waits."""
     dtype: str = "auto"
     enforce_eager: bool = False
     """Run without torch.compile and CUDA graphs: slower, quicker to start."""
@@ -118,6 +120,11 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-model-len", metavar="N", help="tokens of prompt and answer together")
     engine.add_argument(
         "--max-num-seqs", metavar="N", help="requests computed together (default 64)"
+    )
+    engine.add_argument(
+        "--edit-slots",
+        metavar="N",
+        help="features that running requests may edit at a site, all together (default 1024)",
     )
     engine.add_argument("--dtype", metavar="|".join(DTYPES), help="of the model (default auto)")
     engine.add_argument(
@@ -272,6 +279,7 @@ _CHECKS = {
     "metrics_port": _integer(0, 65535),
     "max_model_len": _integer(2, 10_000_000),
     "max_num_seqs": _integer(1, 4096),
+    "edit_slots": _integer(1, 1_000_000),
     "dtype": _dtype,
     "enforce_eager": _boolean,
     "kv_cache_gib": _integer(1, 100_000),

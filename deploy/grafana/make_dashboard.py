@@ -217,10 +217,18 @@ def of_engine() -> list[dict[str, Any]]:
         (f"sum(vllm:num_requests_{state}{{{_HERE}}})", state) for state in ("running", "waiting")
     ]
     cache = f"vllm:kv_cache_usage_perc{{{_HERE}}}"
+    used, slots = (f'steer_edit_slots{{{_HERE}, state="{state}"}}' for state in ("used", "all"))
+    full = f"{used} / ignoring(state) {slots}"
     return [
         number("Engine up", f"min(steer_engine_up{{{_HERE}}})"),
         lines("Requests in vLLM", requests, width=10),
         lines("KV cache in use", [(cache, "{{instance}}")], "percentunit", width=10),
+        lines("Edit slots in use", [(full, "{{instance}} {{site}}")], "percentunit", width=12),
+        lines(
+            "Waiting for edit slots",
+            [(f"steer_requests_waiting_for_slots{{{_HERE}}}", "{{instance}}")],
+            width=12,
+        ),
     ]
 
 

@@ -16,6 +16,7 @@ from steer_server.admission import check, check_scopes, parse, wire
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
 from steer_server.errors import InvalidRequest, Overloaded
+from steer_server.generation import SlotLoad
 from steer_server.program import Program
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
@@ -42,7 +43,7 @@ class Frontend:
         self.dictionaries: dict[str, StoredDictionary] = {}
         self.accounts: dict[str, Account] = {}
         """By vLLM's own request id."""
-        self.load = SlotLoad([0] * len(self.sites), 0)
+        self.load = self._load([0] * len(self.sites), 0)
         self._names: dict[tuple[str, int], str] = {}
         """vLLM's own id by (the caller's id, index among n)."""
 
@@ -114,13 +115,16 @@ class Frontend:
                 account.token_ids += output.new_token_ids
 
     def _enter(self, content: Mapping[str, Any]) -> None:
-        used, held = content["load"]
-        self.load = SlotLoad(used, held)
+        self.load = self._load(*content["load"])
         for report in content["reports"]:
             for vllm_id, result in StepReport.from_wire(report).by_request().items():
                 account = self.accounts.get(vllm_id)
                 if account is not None:
                     account.inbox.append(result)
+
+    def _load(self, used: Sequence[int], held: int) -> SlotLoad:
+        names = map(str, self.sites)
+        return SlotLoad(dict(zip(names, used, strict=True)), self.slots, held)
 
     def _see_to_cache(
         self,
@@ -147,16 +151,6 @@ class Frontend:
             self._names = {
                 key: vllm_id for key, vllm_id in self._names.items() if vllm_id not in ended
             }
-
-
-class SlotLoad:
-    """How full the engine's slots are."""
-
-    def __init__(self, used: Sequence[int], held: int) -> None:
-        self.used = list(used)
-        """By site."""
-        self.held = held
-        """Requests and updates that wait for slots."""
 
 
 def attach(processor: Any, frontend: Frontend) -> None:

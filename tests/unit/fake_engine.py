@@ -18,6 +18,7 @@ from steer_server.generation import (
     FinishReason,
     Generation,
     RevisionApplied,
+    SlotLoad,
     StepOutput,
     Tokenizer,
 )
@@ -59,6 +60,7 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.tokenizer: Tokenizer = CharTokenizer()
         self.alive = True
+        self.slot_load = SlotLoad({"resid_post.1": 0}, 16, 0)
         self.cached_tokens = 0
         """Prompt tokens that the pretended prefix cache holds."""
         self.merge = 1

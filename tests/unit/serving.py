@@ -114,7 +114,7 @@ async def serving(
     registry.add(NAME, small_dictionary())
     await engine.add_dictionary(NAME, small_dictionary())
     metrics = Metrics("fake", registry, watch or {})
-    metrics.watch_engine(lambda: engine.alive)
+    metrics.watch_engine(engine)
     server = Server(metrics, max_calls)
     target = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
     await server.start(Generations(engine, registry, metrics, watch or {}))

@@ -11,6 +11,7 @@ from steer.v1 import activations_pb2, steering_pb2
 
 from steer_client import ablate, add, read, read_top, rows
 from steer_server.errors import EditNotApplied
+from steer_server.generation import SlotLoad
 from steer_server.metrics import BulkHistogram, Metrics
 from tests.unit.serving import NAME, NEVER_FIRED, Serving, collect, serving, small_dictionary
 
@@ -133,6 +134,16 @@ async def test_an_edit_that_did_not_run_is_counted():
         assert service.metric("steer_edit_not_applied_total") == 1
         assert service.metric("steer_requests_rejected_total", reason="NOT_APPLIED") == 1
         assert service.metric("steer_requests_total", finish_reason="error") == 1
+
+
+async def test_full_slots_and_who_waits_for_them_can_be_scraped():
+    async with serving() as service:
+        service.engine.slot_load = SlotLoad({"resid_post.1": 7}, 16, 3)
+
+        slots = {"site": "resid_post.1"}
+        assert service.metric("steer_edit_slots", **slots, state="used") == 7
+        assert service.metric("steer_edit_slots", **slots, state="all") == 16
+        assert service.metric("steer_requests_waiting_for_slots") == 3
 
 
 async def test_the_server_says_what_it_is():
