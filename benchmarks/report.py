@@ -15,13 +15,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 
 CASES = {
+    "null": "plain vLLM against itself",
     "idle": "no program",
     "edit1": "1 edit on every token",
     "edit16": "16 edits on every token",
     "readout32": "top 32 features of every token",
     "edit16_readout32": "both",
 }
-LOADS = {"batch_1": "batch 1", "batch_16": "batch 16", "prompt_1x512": "prompt of 512"}
+LOADS = {
+    "batch_1": "batch 1",
+    "batch_16": "batch 16",
+    "prompt_1x512": "prompt of 512",
+    "prompt_16x256": "16 prompts of 256",
+}
 
 
 def serving_overhead() -> str:

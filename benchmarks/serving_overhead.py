@@ -2,6 +2,7 @@
 
 Both engines are up at once and take turns, round by round and in alternating order, so that a noisy machine is noisy
 to both. Each figure is the median over rounds of (time of plain vLLM / time of the case): 1.00 is free, 0.95 costs 5 %.
+`null` is plain vLLM against itself in the same way: how far from 1.00 the machine's noise alone goes.
 
     python benchmarks/serving_overhead.py --json build/serving_overhead.json
 
@@ -34,7 +35,7 @@ from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.generation import Generation, Sampling
 from steer_server.program import FeatureEdit, Program, ReadOut
 
-PROMPT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS = 32, 1024, 16
+PROMPT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS = 32, 1024, 64
 NAME = "d"
 
 
@@ -44,17 +45,40 @@ class Workload(NamedTuple):
     tokens: int
 
 
-def programs() -> dict[str, Program]:
-    """The cases; the edits are on every row and small enough to leave the length of the text alone."""
-    edits = tuple(FeatureEdit(NAME, AddRelative(feature, 0.01)) for feature in range(16))
+Programs = Sequence[Program]
+"""One for each request, in turn."""
+
+
+def cases() -> dict[str, Programs | None]:
+    """What requests ask for; None is plain vLLM. Edits are on every row, and too small to change what vLLM does."""
     read_out = (ReadOut(NAME, top_k=32),)
     return {
-        "idle": Program(),
-        "edit1": Program(edits[:1]),
-        "edit16": Program(edits),
-        "readout32": Program((), read_out),
-        "edit16_readout32": Program(edits, read_out),
+        "null": None,
+        "idle": [Program()],
+        "edit1": [Program(edits(1))],
+        "edit16": [Program(edits(16))],
+        "readout32": [Program((), read_out)],
+        "edit16_readout32": [Program(edits(16), read_out)],
     }
+
+
+def edits(count: int, first: int = 0) -> tuple[FeatureEdit, ...]:
+    return tuple(
+        FeatureEdit(NAME, AddRelative(feature, 0.01)) for feature in range(first, first + count)
+    )
+
+
+LOADS = {
+    "batch_1": (Workload(1, PROMPT_TOKENS, 32), cases()),
+    "batch_16": (Workload(16, PROMPT_TOKENS, 32), cases()),
+    "prompt_1x512": (Workload(1, 512, 1), cases()),
+    "prompt_16x256": (Workload(16, 256, 1), cases()),
+    "batch_64": (
+        Workload(64, PROMPT_TOKENS, 16),
+        # Each request edits other features by other strengths.
+        {"null": None, "programs64": [Program(edits(4, 4 * number)) for number in range(64)]},
+    ),
+}
 
 
 class Bench:
@@ -82,19 +106,23 @@ class Bench:
 
         return await _timed([one() for _ in range(load.requests)])
 
-    async def time_steer(self, load: Workload, program: Program) -> float:
+    async def time_case(self, load: Workload, programs: Programs | None) -> float:
+        if programs is None:
+            return await self.time_plain(load)
         sampling = Sampling(max_tokens=load.tokens, temperature=0.0, ignore_eos=True)
 
-        async def one() -> None:
+        async def one(program: Program) -> None:
             prompt = tuple(self._prompt(load.prompt_tokens))
             generation = Generation(f"s{self.count}", prompt, sampling, program)
             async for _ in self.steer.generate(generation):
                 pass
 
-        return await _timed([one() for _ in range(load.requests)])
+        asked = [programs[number % len(programs)] for number in range(load.requests)]
+        return await _timed([one(program) for program in asked])
 
-    async def ratios(self, load: Workload, rounds: int, bar: tqdm) -> dict[str, Any]:
-        cases = programs()
+    async def ratios(
+        self, load: Workload, cases: dict[str, Programs | None], rounds: int, bar: tqdm
+    ) -> dict[str, Any]:
         found: dict[str, list[float]] = {name: [] for name in cases}
         plain_times: list[float] = []
         for number in range(rounds + 1):
@@ -102,9 +130,9 @@ class Bench:
                 # Plain vLLM right before or right after each case: what is compared shares its minute.
                 if number % 2:
                     plain = await self.time_plain(load)
-                    steered = await self.time_steer(load, cases[name])
+                    steered = await self.time_case(load, cases[name])
                 else:
-                    steered = await self.time_steer(load, cases[name])
+                    steered = await self.time_case(load, cases[name])
                     plain = await self.time_plain(load)
                 if number:
                     found[name].append(plain / steered)
@@ -147,31 +175,32 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
     )
     await steer.add_dictionary(NAME, stored)
     bench = Bench(plain, steer)
-    tokens, rounds = (8, 2) if options.quick else (64, options.rounds)
+    rounds = 2 if options.quick else options.rounds
     loads = {
-        "batch_1": Workload(1, PROMPT_TOKENS, tokens),
-        "batch_16": Workload(16, PROMPT_TOKENS, tokens),
-        "prompt_1x512": Workload(1, 512, 1),
+        name: (load._replace(tokens=min(load.tokens, 8)) if options.quick else load, asked)
+        for name, (load, asked) in LOADS.items()
     }
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{_cpu()}, {os.cpu_count()} cores",
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
         "model": options.model.name,
         "n_features": stored.card.n_features,
         "compiled": options.compiled,
         "rounds": rounds,
     }
-    with tqdm(total=(rounds + 1) * len(loads) * len(programs()), unit="pair") as bar:
-        for name, load in loads.items():
+    pairs = (rounds + 1) * sum(len(asked) for _, asked in loads.values())
+    with tqdm(total=pairs, unit="pair") as bar:
+        for name, (load, asked) in loads.items():
             bar.set_description(name)
-            result[name] = await bench.ratios(load, rounds, bar)
+            result[name] = await bench.ratios(load, asked, rounds, bar)
     plain.shutdown()
     await steer.shutdown()
     return result
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor, in its maker's words."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -190,7 +219,7 @@ def _options() -> argparse.Namespace:
         help="folder; default: the first in examples/dictionaries",
     )
     parser.add_argument("--json", type=Path, help="write the result here as well")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     return parser.parse_args()

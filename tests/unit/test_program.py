@@ -1,0 +1,289 @@
+"""Programs: where edits hold, what their JSON means, which of them are admitted, whose KV blocks they share."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_server.admission import check, check_scopes, parse, wire
+from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Limit, Patch
+from steer_server.dictionary.site import Site
+from steer_server.errors import (
+    ConflictingEdits,
+    DictionaryMismatch,
+    DictionaryNotFound,
+    InvalidRequest,
+    SteerError,
+    UnknownFeature,
+)
+from steer_server.program import Condition, FeatureEdit, Program, ReadOut, Scope
+from steer_server.program_json import from_json, to_json
+from steer_server.vllm_plugin.sentinel import sentinel
+from tests.unit.serving import NAME, NEVER_FIRED, small_dictionary
+from tests.unit.strategies import edits, numbers
+
+DICTIONARIES = {NAME: small_dictionary(), "elsewhere": sentinel(Site("mlp_out", 0), 8)}
+STORED = DICTIONARIES[NAME]
+LENGTH = 6
+positions = st.integers(-LENGTH, 12)
+
+
+@st.composite
+def scopes(draw: st.DrawFn) -> Scope:
+    some = st.frozensets(positions, max_size=3)
+    tokens = st.frozensets(st.integers(0, 3), max_size=2)
+    windows = st.lists(st.tuples(positions, st.one_of(st.none(), positions)), max_size=2)
+    held = draw(st.booleans()), draw(st.booleans())
+    return Scope(*held, draw(some), tuple(draw(windows)), draw(tokens), draw(some), draw(tokens))
+
+
+def by_definition(scope: Scope, position: int, token: int) -> bool:
+    """Position by position, from the docstring."""
+
+    def absolute(number: int) -> int:
+        return number if number >= 0 else LENGTH + number
+
+    phase = scope.prompt if position < LENGTH else scope.generated
+    listed = position in map(absolute, scope.positions) or any(
+        absolute(a) <= position and (b is None or position < absolute(b)) for a, b in scope.windows
+    )
+    everywhere = not scope.positions and not scope.windows
+    excluded = position in map(absolute, scope.exclude_positions)
+    named = not scope.token_ids or token in scope.token_ids
+    unnamed = token not in scope.exclude_token_ids
+    return phase and (everywhere or listed) and not excluded and named and unnamed
+
+
+@given(scopes(), st.integers(0, 10), st.lists(st.integers(0, 3), min_size=5, max_size=5))
+def test_a_scope_holds_where_its_parts_say(scope: Scope, start: int, tokens: list[int]) -> None:
+    mask = scope.resolve(LENGTH).mask(start, start + 5, LENGTH, tokens)
+
+    expected = [by_definition(scope, start + i, token) for i, token in enumerate(tokens)]
+    assert mask.tolist() == expected
+
+
+@given(scopes())
+def test_between_edges_a_scope_without_tokens_does_not_change(scope: Scope) -> None:
+    free = FeatureEdit(NAME, Ablate(1), scope).without_tokens().resolve(LENGTH)
+    mask = free.mask(0, 30, LENGTH)
+
+    changes = set((np.flatnonzero(np.diff(mask)) + 1).tolist())
+    assert changes <= free.edges() | {LENGTH}
+
+
+def test_a_position_before_the_prompt_is_refused_by_its_path() -> None:
+    program = Program((FeatureEdit(NAME, Ablate(1), Scope(positions=frozenset({-7}))),))
+
+    with pytest.raises(InvalidRequest, match="before a prompt of 6") as caught:
+        program.resolve(LENGTH)
+    assert caught.value.field == "edits[0].scope.positions"
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    features = draw(st.sets(st.integers(0, 5), max_size=4))
+    conditions = st.builds(Condition, st.just(NAME), st.integers(0, 5), numbers)
+    return Program(
+        tuple(
+            FeatureEdit(NAME, draw(edits(feature)), draw(scopes()), draw(st.none() | conditions))
+            for feature in sorted(features)
+        ),
+        tuple(
+            draw(
+                st.lists(
+                    st.sampled_from(
+                        [
+                            ReadOut(NAME, top_k=3, edited=True),
+                            ReadOut(NAME, features=(2, 1), prompt=False),
+                            ReadOut(NAME, above=0.25, row_bytes=64, complete=False),
+                        ]
+                    ),
+                    max_size=3,
+                )
+            )
+        ),
+    )
+
+
+@given(programs())
+def test_a_program_survives_its_json(program: Program) -> None:
+    assert from_json(json.loads(json.dumps(to_json(program)))) == program
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        ({"clamp": {"value": 2}}, Clamp(3, 2.0)),
+        (
+            {"clamp": {"value": 2, "unit": "max_activation_multiple"}},
+            Clamp(3, 2 * float(STORED.statistics.max[3])),
+        ),
+        (
+            {"add": {"value": 2, "unit": "decoder_coefficient"}},
+            Add(3, 2 * STORED.card.input_scale),
+        ),
+        ({"add": {"value": 0.5, "unit": "relative_norm"}}, AddRelative(3, 0.5)),
+        ({"limit": {"high": 1.5}}, Limit(3, high=1.5)),
+        ({"patch": {"values": [[2, 1.0], [-1, 0]]}}, Patch(3, ((2, 1.0), (-1, 0.0)))),
+    ],
+)
+def test_units_are_resolved_to_activations(edit: dict[str, Any], expected: Any) -> None:
+    content = {"edits": [{"dictionary": NAME, "feature": 3, **edit}]}
+
+    program = parse(json.dumps(content), DICTIONARIES)
+
+    assert program.edits[0].edit == expected
+
+
+EDIT = {"dictionary": NAME, "feature": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({"edit": []}, ""),
+        ({"edits": {}}, "edits"),
+        ({"edits": [EDIT]}, "edits[0]"),
+        ({"edits": [EDIT | {"ablate": {}, "clamp": {"value": 1}}]}, "edits[0]"),
+        ({"edits": [{"feature": 3, "ablate": {}}]}, "edits[0].dictionary"),
+        ({"edits": [EDIT | {"feature": True, "ablate": {}}]}, "edits[0].feature"),
+        ({"edits": [EDIT | {"ablate": {"value": 1}}]}, "edits[0].ablate"),
+        ({"edits": [EDIT | {"clamp": {}}]}, "edits[0].clamp.value"),
+        ({"edits": [EDIT | {"clamp": {"value": "1"}}]}, "edits[0].clamp.value"),
+        ({"edits": [EDIT | {"clamp": {"value": 1e39}}]}, "edits[0].clamp.value"),
+        ({"edits": [EDIT | {"clamp": {"value": 1, "unit": "x"}}]}, "edits[0].clamp.unit"),
+        (
+            {"edits": [EDIT | {"clamp": {"value": 1, "unit": "relative_norm"}}]},
+            "edits[0].clamp.unit",
+        ),
+        (
+            {
+                "edits": [
+                    {"dictionary": NAME, "feature": NEVER_FIRED}
+                    | {"add": {"value": 1, "unit": "max_activation_multiple"}}
+                ]
+            },
+            "edits[0].add.unit",
+        ),
+        ({"edits": [EDIT | {"limit": {"low": 2, "high": 1}}]}, "edits[0].limit"),
+        ({"edits": [EDIT | {"patch": {"values": [[1]]}}]}, "edits[0].patch.values[0]"),
+        ({"edits": [EDIT | {"patch": {"values": [[1, 1], [1, 2]]}}]}, "edits[0].patch.values[1]"),
+        (
+            {"edits": [EDIT | {"ablate": {}, "scope": {"windows": [[1]]}}]},
+            "edits[0].scope.windows[0]",
+        ),
+        ({"edits": [EDIT | {"ablate": {}, "when": {"dictionary": NAME}}]}, "edits[0].when.feature"),
+        ({"read_outs": [{"dictionary": NAME, "top_k": 1.5}]}, "read_outs[0].top_k"),
+        ("{", ""),
+    ],
+)
+def test_json_that_makes_no_sense_is_refused_by_its_path(content: Any, field: str) -> None:
+    text = content if isinstance(content, str) else json.dumps(content)
+
+    with pytest.raises(SteerError) as caught:
+        parse(text, DICTIONARIES)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("program", "error", "field"),
+    [
+        (Program((FeatureEdit("x", Ablate(1)),)), DictionaryNotFound, "edits[0].dictionary"),
+        (Program((FeatureEdit(NAME, Ablate(99)),)), UnknownFeature, "edits[0].feature"),
+        (Program((FeatureEdit(NAME, Ablate(1)),) * 2), ConflictingEdits, "edits[1].feature"),
+        (Program((FeatureEdit(NAME, Ablate(1)),) * 65), InvalidRequest, "edits"),
+        (
+            Program((FeatureEdit(NAME, Ablate(1), when=Condition("elsewhere", 0)),)),
+            DictionaryMismatch,
+            "edits[0].when.dictionary",
+        ),
+        (Program((), (ReadOut(NAME),)), InvalidRequest, "read_outs[0]"),
+        (Program((), (ReadOut(NAME, top_k=129),)), InvalidRequest, "read_outs[0].top_k"),
+        (Program((), (ReadOut(NAME, features=(1, 1)),)), InvalidRequest, "read_outs[0].features"),
+        (Program((), (ReadOut(NAME, above=-1.0),)), InvalidRequest, "read_outs[0].above"),
+        (
+            Program((), (ReadOut(NAME, above=0.0, row_bytes=4),)),
+            InvalidRequest,
+            "read_outs[0].row_bytes",
+        ),
+    ],
+)
+def test_programs_that_no_engine_could_run_are_refused(
+    program: Program, error: type[SteerError], field: str
+) -> None:
+    with pytest.raises(error) as caught:
+        check(program, DICTIONARIES)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("scope", "holds"),
+    [
+        (Scope(), True),
+        (Scope(positions=frozenset({0})), False),
+        (Scope(prompt=False), True),
+        (Scope(prompt=False, windows=((2, 6),)), False),
+        (Scope(windows=((30, None),)), False),
+        (Scope(token_ids=frozenset({7})), True),
+    ],
+)
+def test_a_scope_that_selects_nothing_is_refused(scope: Scope, holds: bool) -> None:
+    program = Program((FeatureEdit(NAME, Ablate(1), scope),))
+
+    if holds:
+        check_scopes(program, LENGTH, max_tokens=4)
+        assert wire(program, DICTIONARIES, [STORED.card.site], 1)["features"] == [(0, NAME, 1)]
+    else:
+        with pytest.raises(InvalidRequest, match="holds at none"):
+            check_scopes(program, LENGTH, max_tokens=4)
+
+
+def test_a_program_with_more_features_than_slots_is_refused() -> None:
+    program = Program((FeatureEdit(NAME, Ablate(1), when=Condition(NAME, 2)),))
+    sites = [STORED.card.site]
+
+    assert wire(program, DICTIONARIES, sites, 2)["features"] == [(0, NAME, 1), (0, NAME, 2)]
+    with pytest.raises(InvalidRequest, match="need 2 slots"):
+        wire(program, DICTIONARIES, sites, 1)
+
+
+def test_equal_programs_share_a_salt_and_unequal_ones_do_not() -> None:
+    hashes = {"a": "1", "b": "2"}
+    one, two = FeatureEdit("a", Ablate(1)), FeatureEdit("b", Add(2, 1.0))
+    tokens = Scope(token_ids=frozenset({5}))
+
+    assert Program().cache_salt(hashes, 9) is None
+    assert Program((), (ReadOut("a", top_k=1),)).cache_salt(hashes, 9) is None
+    salts = [
+        Program(chosen).cache_salt(hashes, 9)
+        for chosen in (
+            (one,),
+            (two,),
+            (one, two),
+            (FeatureEdit("a", Ablate(2)),),
+            (FeatureEdit("b", Add(2, 1.5)),),
+            (FeatureEdit("a", Ablate(1), Scope(prompt=False)),),
+            (FeatureEdit("a", Ablate(1), Scope(windows=((1, 3),))),),
+            (FeatureEdit("a", Ablate(1), tokens),),
+            (FeatureEdit("a", Ablate(1), when=Condition("a", 1)),),
+            (FeatureEdit("a", Ablate(1), when=Condition("b", 1)),),
+        )
+    ]
+    assert len(set(salts)) == len(salts)
+    assert Program((two, one)).cache_salt(hashes, 9) == Program((one, two)).cache_salt(hashes, 9)
+    assert Program().cache_salt(hashes, 9, "n") != Program().cache_salt(hashes, 9, "m")
+    assert Program((one,)).cache_salt({"a": "other"}, 9) != salts[0]
+
+
+def test_the_prompt_s_length_counts_where_phases_do() -> None:
+    """What one turn generated is a part of the next one's prompt."""
+    hashes = {"a": "1"}
+    alike = Program((FeatureEdit("a", Ablate(1)),))
+    apart = Program((FeatureEdit("a", Ablate(1), Scope(prompt=False)),))
+
+    assert alike.cache_salt(hashes, 9) == alike.cache_salt(hashes, 20)
+    assert apart.cache_salt(hashes, 9) == apart.cache_salt(hashes, 9)
+    assert apart.cache_salt(hashes, 9) != apart.cache_salt(hashes, 20)
