@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model corpus protos demo serve test test-versions test-prometheus check bench
+.PHONY: help setup lock model corpus protos demo serve test test-nightly test-versions test-prometheus check bench
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -40,7 +40,11 @@ serve: model ## the demo's server, until Ctrl-C
 	$(BIN)/steer-server --config examples/server.toml
 
 test: model ## unit tests and end-to-end tests with the real model in real vLLM
-	$(BIN)/pytest -m "not prometheus and not gpu"
+	$(BIN)/pytest -m "not prometheus and not gpu and not nightly"
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/unit/test_runtime.py
+
+test-nightly: model ## what takes hours: 200 random batches, 5,000 requests, the V2 model runner, more model families
+	$(BIN)/pytest -m nightly
 
 test-versions: model ## the engine's tests with the other supported vLLM versions, each in its own environment
 	$(BIN)/python tests/versions.py
@@ -60,3 +64,5 @@ bench: model ## benchmarks; results as JSON in build/
 	mkdir -p build
 	$(BIN)/python benchmarks/serving_overhead.py --json build/serving_overhead.json
 	$(BIN)/python benchmarks/serving_overhead.py --compiled --json build/serving_overhead_compiled.json
+	$(BIN)/python benchmarks/growth.py --json build/growth.json --plot build/growth.svg
+	$(BIN)/python benchmarks/live_update.py --json build/live_update.json

@@ -144,3 +144,11 @@ def compile_for_cuda(arch: int, cache: str) -> dict[str, int]:
     edit_kernel.edit_rows(hidden, hidden.clone(), bank, lines, whole[0], whole[0], out)
     encode_kernel.encode_topk(real, real, real[0], real[0], 8, rows=whole[0, :n])
     return sizes
+
+
+def whole(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(-3, 4, shape, generator=generator).float()
+
+
+def some(generator: torch.Generator, values: list[float], *shape: int) -> Tensor:
+    return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]

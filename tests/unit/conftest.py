@@ -1,0 +1,21 @@
+"""Where the Triton kernels can run."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.unit import kernel_runs
+from tests.unit.kernel_runs import Run
+
+
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Calls a function of `kernel_runs` where the kernels can run."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        yield lambda function, *arguments: function("cuda", *arguments)
+        return
+    with kernel_runs.process(interpret=True) as call:
+        yield lambda function, *arguments: call(function, "cpu", *arguments)
