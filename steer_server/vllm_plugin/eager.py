@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -17,12 +18,14 @@ from steer_server.vllm_plugin.probe import is_attention
 class EagerModel:
     """A `probe.LoadedModel`. Valid from vLLM's `load_model` on; a run leaves no trace."""
 
-    def __init__(self, model: nn.Module, config: VllmConfig) -> None:
-        self.max_rows = config.scheduler_config.max_num_batched_tokens
+    def __init__(self, runner: Any) -> None:
+        """`runner` is the model runner that has loaded it."""
+        self._runner = runner
+        self._model: Any = runner.get_model()
+        self._config: VllmConfig = runner.vllm_config
+        self.max_rows = self._config.scheduler_config.max_num_batched_tokens
         self.ends_here = get_pp_group().is_last_rank
-        self._model: Any = model
-        self._config = config
-        self._device = next(model.parameters()).device
+        self._device = next(self._model.parameters()).device
 
     @torch.inference_mode()
     def run(self, rows: int) -> Tensor:
@@ -31,6 +34,8 @@ class EagerModel:
             # Some models compile small functions of their own at the first call.
             torch.compiler.set_stance("force_eager"),
             set_forward_context(None, self._config, num_tokens=rows, skip_compiled=True),
+            # Rows without an adapter: until vLLM has a batch, what a layer looks them up in is uninitialised.
+            self._runner.maybe_select_dummy_loras(self._config.lora_config, np.array([rows])),
         ):
             output = self._model(**self._inputs(rows))
         return torch.cat([part.reshape(rows, -1).float() for part in _parts(output)], dim=1)

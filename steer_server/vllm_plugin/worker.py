@@ -34,13 +34,12 @@ class SteerWorker:
         settings = self.vllm_config.additional_config[KEY]
         sites = [Site.parse(text) for text in settings["sites"]]
         codes = [op.code(site) for site in sites]
-        model = self.model_runner.get_model()
         here = layers.attach(
-            model,
+            self.model_runner.get_model(),
             sites,
             self.model_config.get_total_num_hidden_layers(),
             lambda hidden, residual, number: op.call(hidden, residual, codes[number]),
-            EagerModel(model, self.vllm_config),
+            EagerModel(self.model_runner),
         )
         rows = self.vllm_config.scheduler_config.max_num_batched_tokens
         self.steer_sites = [sites.index(site) for site in here]

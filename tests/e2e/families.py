@@ -186,7 +186,8 @@ class FamilyWorker(CPUWorker):
 
     def load_model(self, **options: Any) -> None:
         super().load_model(**options)
-        model, config = self.model_runner.get_model(), self.vllm_config
         FamilyWorker.tap = Tap()
-        loaded = EagerModel(model, config)
-        self.tap.attached = layers.attach(model, SITES, N_LAYERS, tap, loaded)
+        loaded = EagerModel(self.model_runner)
+        self.tap.attached = layers.attach(
+            self.model_runner.get_model(), SITES, N_LAYERS, tap, loaded
+        )

@@ -26,6 +26,8 @@ from tests.e2e.families import (
 
 pytestmark = pytest.mark.e2e
 
+NIGHTLY = {"phi3", "olmo2", "granite", "stablelm", "olmoe", "qwen2_moe", "qwen3_moe"}
+"""Built like one of the others as far as sites go; five seconds each."""
 PROMPT = [5, 17, 300, 42, 7, 99, 256, 3]
 TOKENS = 6
 D = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
@@ -94,7 +96,10 @@ def generate(llm: LLM, number: int) -> Completion:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name in NIGHTLY)) for name in FAMILIES],
+)
 def test_an_edit_of_every_stream_equals_a_transformers_hook(
     name: str, known: dict[str, Known]
 ) -> None:

@@ -8,35 +8,38 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from steer_server.dictionary.edits import Ablate, AddRelative
-from steer_server.dictionary.files import StoredDictionary
+from steer_server.dictionary.site import Site
 from steer_server.engine import EngineSettings, VllmEngine
-from tests.conftest import SITE
 from tests.e2e.engines import started
 from tests.e2e.helpers import IOI, program
-from tests.e2e.models import make_lora, make_with
+from tests.e2e.models import make_dictionary, make_lora, make_tiny_llama, make_with
 from tests.e2e.raw import run_raw
 from tests.e2e.reference import Reference
 from tests.e2e.test_engine import from_one
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
+SITE = Site("resid_post", 1)
 EDITS = (AddRelative(9, 0.5), Ablate(7))
 
 
 @pytest.fixture(scope="module")
-def adapter(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Its folder, and the model with it merged in."""
+def setting(model_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The model, an adapter, a dictionary, and references without and with the adapter merged in."""
     folder = tmp_path_factory.mktemp("lora")
-    adapter, merged = make_lora(model_path, folder / "adapter")
-    return adapter, make_with(merged, model_path, folder / "merged")
+    tiny = make_tiny_llama(folder / "tiny", model_path)
+    adapter, merged = make_lora(tiny, folder / "adapter")
+    stored = make_dictionary(tiny, SITE, folder / "random")
+    folders = (tiny, make_with(merged, tiny, folder / "merged"))
+    references = [Reference(model, SITE.layer, stored.dictionary) for model in folders]
+    return tiny, adapter, stored, references
 
 
 @pytest.fixture(scope="module")
-async def engine(
-    model_path: Path, random_dictionary: StoredDictionary
-) -> AsyncIterator[VllmEngine]:
+async def engine(setting) -> AsyncIterator[VllmEngine]:
+    tiny, _, stored, _ = setting
     settings = EngineSettings(
-        str(model_path),
+        str(tiny),
         (SITE,),
         max_model_len=256,
         max_num_seqs=4,
@@ -47,22 +50,18 @@ async def engine(
     # One slot more than adapters: on CPU vLLM gives rows without an adapter the last slot's weights, zero while it is
     # empty (index -1 in vllm/lora/ops/torch_ops/lora_ops.py).
     async with started(
-        settings, {"random": random_dictionary}, enable_lora=True, max_lora_rank=8, max_loras=2
+        settings, {"random": stored}, enable_lora=True, max_lora_rank=8, max_loras=2
     ) as engine:
         yield engine
 
 
 async def test_edits_under_an_adapter_equal_a_hook_on_the_merged_model(
-    engine: VllmEngine,
-    reference: Reference,
-    random_dictionary: StoredDictionary,
-    adapter: tuple[Path, Path],
+    engine: VllmEngine, setting
 ) -> None:
     """One batch of all four: with and without the adapter, with and without edits."""
-    folder, merged = adapter
-    lora = LoRARequest("tiny", 1, str(folder))
-    models = {None: reference, lora: Reference(merged, SITE.layer, random_dictionary.dictionary)}
-    prompt = reference.tokenize(IOI)
+    _, adapter, _, (plain, merged) = setting
+    models = {None: plain, LoRARequest("tiny", 1, str(adapter)): merged}
+    prompt = plain.tokenize(IOI)
     jobs = [(model, edits) for model in models for edits in ((), EDITS)]
 
     outcomes = await asyncio.gather(
