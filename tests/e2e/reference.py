@@ -1,12 +1,12 @@
 """The independent reference: transformers in float32 with a forward hook that edits and records x."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer_server.dictionary.dictionary import Dictionary
@@ -37,7 +37,7 @@ class Reference:
 
     @torch.no_grad()
     def generate(self, prompt: Sequence[int], tokens: int, edits_at: EditsAt) -> Completion:
-        with self._hooked(edits_at) as seen:
+        with _hooked(self._layer, self._dictionary, edits_at) as seen:
             ids, logprobs, cache = [], [], None
             step = torch.tensor([list(prompt)])
             for _ in range(tokens):
@@ -53,30 +53,37 @@ class Reference:
     @torch.no_grad()
     def score(self, prompt: Sequence[int], edits_at: EditsAt) -> list[float]:
         """The log-probability of each prompt token but the first."""
-        with self._hooked(edits_at):
+        with _hooked(self._layer, self._dictionary, edits_at):
             scores = self.model(torch.tensor([list(prompt)])).logits[0, :-1].log_softmax(dim=-1)
         return scores.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
 
-    @contextmanager
-    def _hooked(self, edits_at: EditsAt) -> Iterator[list[Tensor]]:
-        """Edits what the model computes within; yields x of each pass."""
-        seen: list[Tensor] = []
-        position = 0
+    def also(
+        self, layer: int, dictionary: Dictionary, edits_at: EditsAt
+    ) -> AbstractContextManager[object]:
+        """The next generation is edited at another layer, too."""
+        return _hooked(self.model.model.layers[layer], dictionary, edits_at)
 
-        def hook(_module: object, _inputs: object, output: Tensor) -> Tensor:
-            nonlocal position
-            x = output[0]
-            seen.append(x.clone())
-            delta = torch.zeros_like(x)
-            for row in range(len(x)):
-                edits = edits_at(position + row)
-                if edits:
-                    delta[row] = edit_delta(self._dictionary, x[row : row + 1], edits)[0]
-            position += len(x)
-            return output + delta
 
-        handle = self._layer.register_forward_hook(hook)
-        try:
-            yield seen
-        finally:
-            handle.remove()
+@contextmanager
+def _hooked(layer: nn.Module, dictionary: Dictionary, edits_at: EditsAt) -> Iterator[list[Tensor]]:
+    """Edits what the layer gives; yields its x of each pass."""
+    seen: list[Tensor] = []
+    position = 0
+
+    def hook(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        nonlocal position
+        x = output[0]
+        seen.append(x.clone())
+        delta = torch.zeros_like(x)
+        for row in range(len(x)):
+            edits = edits_at(position + row)
+            if edits:
+                delta[row] = edit_delta(dictionary, x[row : row + 1], edits)[0]
+        position += len(x)
+        return output + delta
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -127,10 +127,9 @@ async def test_an_update_takes_hold_at_the_same_token_on_every_rank(
     engine: VllmEngine, tiny: Path, dictionaries: dict[str, StoredDictionary]
 ) -> None:
     """Edits at both stages change in one update; a rank that switched elsewhere would show in the tokens."""
-    edits = EDITS["first"][:1]
-    program = Program(tuple(FeatureEdit("first", edit) for edit in edits))
-    stored = dictionaries["first"]
-    reference = Reference(tiny, stored.card.site.layer, stored.dictionary)
+    edits = {"first": EDITS["first"][:1], "last": EDITS["last"][1:]}
+    program = Program(tuple(FeatureEdit(name, edit) for name in edits for edit in edits[name]))
+    reference = Reference(tiny, FIRST.layer, dictionaries["first"].dictionary)
     prompt = tuple(reference.tokenize(TEXTS[0]))
     sampling = Sampling(max_tokens=32, temperature=0.0, ignore_eos=True)
     ids, applied = [], []
@@ -141,6 +140,16 @@ async def test_an_update_takes_hold_at_the_same_token_on_every_rank(
         if step.first_index == 5:
             await engine.update("live", program)
 
-    boundary = len(prompt) + applied[0].first_index - 1
-    expected = reference.generate(prompt, 32, lambda p: edits if p >= boundary else ())
+    (revision,) = applied
+    boundary = len(prompt) + revision.first_index - 1
+    with reference.also(
+        LAST.layer, dictionaries["last"].dictionary, after(boundary, edits["last"])
+    ):
+        expected = reference.generate(prompt, 32, after(boundary, edits["first"]))
     assert tuple(ids) == expected.token_ids
+    one_stage = reference.generate(prompt, 32, after(boundary, edits["first"]))
+    assert tuple(ids) != one_stage.token_ids
+
+
+def after(boundary: int, edits: Sequence[Edit]):
+    return lambda position: edits if position >= boundary else ()
