@@ -7,6 +7,7 @@ the engine, and results are taken out before vLLM merges the outputs of a slow r
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from vllm import SamplingParams
@@ -75,6 +76,8 @@ class Frontend:
         check_scopes(program, length, parameters.max_tokens or 1)
         content = wire(program, self.dictionaries, self.sites, self.slots)
         rest = {key: value for key, value in extra.items() if key not in (KEY, LIVE)}
+        # vLLM gives several sequences of one request the same parameters.
+        parameters = request.sampling_params = copy(parameters)
         parameters.extra_args = {**rest, KEY: content}
         self._see_to_cache(request, parameters, program, live)
         self._forget_ended(known)

@@ -3,6 +3,9 @@
 Without `STEER_DICTIONARIES` nothing changes but that a request with edits is refused instead of run without them. With
 it (`name=folder`, separated by commas) every engine of the process gets the sites of those dictionaries, and requests
 carry programs as JSON: `vllm_xargs={"steer": "..."}` over HTTP, `SamplingParams(extra_args={"steer": ...})` in Python.
+A full answer has `{"steer": {"0": {"edits": [...], "activations": [...]}}}` in its `kv_transfer_params`, one entry for
+each sequence. vLLM streams have no such field; a stream whose edits were not all proved ends with an error.
+
 `STEER_DISABLE=1` leaves vLLM alone altogether.
 
 vLLM calls it in each of its processes. Where requests come in, `EngineArgs` is loaded already; nothing is imported here

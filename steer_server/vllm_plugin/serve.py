@@ -121,6 +121,8 @@ def _answer(processor: Any, frontend: Frontend) -> None:
     attach(processor, frontend)
     add, process = processor.add_request, processor.process_outputs
     kept: dict[str, list[ActivationRows]] = {}
+    ended: dict[str, dict[str, Any]] = {}
+    """By vLLM's id of a request: the reports of its sequences that have ended, by their number."""
 
     def add_request(request: Any, *rest: Any, **named: Any) -> None:
         try:
@@ -140,11 +142,15 @@ def _answer(processor: Any, frontend: Frontend) -> None:
                 rows = kept.setdefault(vllm_id, [])
                 rows += [found for entry in account.take() for found in entry.rows]
                 if vllm_id not in known:
-                    _deliver(state, result, _report(account, kept.pop(vllm_id)))
+                    reports = ended.setdefault(_parent(state), {})
+                    reports[str(state.request_index)] = _report(account, kept.pop(vllm_id))
+                    _deliver(state, result, reports)
             except SteerError as error:
                 _fail(state, error)
         for vllm_id in kept.keys() - known.keys():
             del kept[vllm_id]
+        for vllm_id in ended.keys() - processor.parent_requests.keys():
+            del ended[vllm_id]
         return result
 
     processor.add_request, processor.process_outputs = add_request, process_outputs
@@ -167,14 +173,17 @@ def _report(account: Account, rows: list[ActivationRows]) -> dict[str, Any]:
     }
 
 
-def _deliver(state: Any, result: Any, report: dict[str, Any]) -> None:
-    """Puts the report on the request's last output, which nobody has taken yet."""
+def _parent(state: Any) -> str:
+    """vLLM's id of the request that the sequence is of."""
+    return state.request_id if state.parent_req is None else state.parent_req.request_id
+
+
+def _deliver(state: Any, result: Any, reports: dict[str, Any]) -> None:
+    """Puts the reports on the request's output, if there is one, which nobody has taken yet."""
     waiting = [state.queue.output] if state.queue is not None else result.request_outputs
     for output in waiting:
         if output is not None and getattr(output, "request_id", None) == state.external_req_id:
-            found = output.kv_transfer_params or {}
-            found.setdefault(KEY, {})[str(state.request_index)] = report
-            output.kv_transfer_params = found
+            output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: reports}
 
 
 def _fail(state: Any, error: SteerError) -> None:

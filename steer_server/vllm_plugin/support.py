@@ -24,6 +24,8 @@ def check_supported(config: Any) -> None:
         "speculative decoding": config.speculative_config is not None,
         # An update would have to find the engine that has its request.
         "data parallelism inside one server; run replicas": parallel.data_parallel_size > 1,
+        # A step's reports go to one of them.
+        "several API servers (--api-server-count); run replicas": parallel._api_process_count > 1,
         # These give the layers a part of the step's rows, or other rows.
         "dual-batch overlap": parallel.use_ubatching,
         "context parallelism": parallel.decode_context_parallel_size > 1

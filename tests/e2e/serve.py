@@ -36,12 +36,12 @@ class Server:
             with error:
                 return error.code, json.load(error)
 
-    def complete(self, prompt: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+    def complete(self, prompt: str | list[int], **fields: Any) -> tuple[int, dict[str, Any]]:
         """A greedy completion of `prompt`."""
         body = {"model": "model", "prompt": prompt, "temperature": 0, "max_tokens": 8} | fields
         return self.post("/v1/completions", body)
 
-    def stream(self, prompt: str, **fields: Any) -> list[dict[str, Any]]:
+    def stream(self, prompt: str | list[int], **fields: Any) -> list[dict[str, Any]]:
         """The chunks of a streamed greedy completion."""
         body = {"model": "model", "prompt": prompt, "temperature": 0, "max_tokens": 8} | fields
         request = urllib.request.Request(
