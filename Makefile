@@ -44,7 +44,7 @@ test: model ## unit tests and end-to-end tests with the real model in real vLLM
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/unit/test_runtime.py
 
 test-nightly: model ## what takes hours: 200 random batches, 5,000 requests, the V2 model runner, more model families
-	$(BIN)/pytest -m nightly
+	$(BIN)/pytest -m "nightly and not gpu"
 
 test-versions: model ## the engine's tests with the other supported vLLM versions, each in its own environment
 	$(BIN)/python tests/versions.py

@@ -9,7 +9,9 @@ from vllm.config import CompilationMode
 
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.engine import EngineSettings, VllmEngine
+from steer_server.vllm_plugin import KEY
 from tests.conftest import SITE
+from tests.e2e.engines import started
 from tests.e2e.reference import Reference
 
 MODES = set(filter(None, os.environ.get("STEER_TEST_VLLM", "").split(",")))
@@ -22,6 +24,7 @@ def modes_of(engine: VllmEngine) -> set[str]:
     on = {
         "v2": config.use_v2_model_runner,
         "async": config.scheduler_config.async_scheduling,
+        "kernels": bool(config.additional_config[KEY].get("kernels")),
         "piecewise": config.compilation_config.mode == CompilationMode.VLLM_COMPILE,
     }
     return {name for name, is_on in on.items() if is_on}
@@ -42,11 +45,10 @@ async def engine(
         enforce_eager=True,
         kv_cache_gib=1,
     )
-    engine = await VllmEngine.start(settings)
-    assert modes_of(engine) == MODES
-    await engine.add_dictionary("random", random_dictionary)
-    yield engine
-    await engine.shutdown()
+    dictionaries = {"random": random_dictionary}
+    async with started(settings, dictionaries, kernels="kernels" in MODES) as engine:
+        assert modes_of(engine) == MODES
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,9 @@ modes, with commas between them:
 
 - v2: the V2 model runner, its Triton kernels run by Triton's interpreter (slow);
 - async: async scheduling, where the engine asks for it;
-- piecewise: compilation by VLLM_COMPILE, the graph split at the attention ops.
+- kernels: steer's own Triton kernels, run by Triton's interpreter; the engine's fixture asks for them;
+- piecewise: compilation by VLLM_COMPILE, the graph split at the attention ops;
+- unsalted: vLLM's compile-cache key does not see the sites.
 """
 
 import importlib.abc
@@ -14,7 +16,7 @@ import os
 import sys
 
 MODES = set(filter(None, os.environ.get("STEER_TEST_VLLM", "").split(",")))
-if unknown := MODES - {"v2", "async", "piecewise"}:
+if unknown := MODES - {"v2", "async", "kernels", "piecewise", "unsalted"}:
     raise SystemExit(f"STEER_TEST_VLLM: no such mode: {', '.join(sorted(unknown))}")
 
 
@@ -74,13 +76,27 @@ def _keep_config(cpu):
     cpu.CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def _forget_sites(vllm_config):
+    compute = vllm_config.VllmConfig.compute_hash
+
+    def compute_hash(self):
+        additional, self.additional_config = self.additional_config, {}
+        try:
+            return compute(self)
+        finally:
+            self.additional_config = additional
+
+    vllm_config.VllmConfig.compute_hash = compute_hash
+
+
 def _skip_pass(fix_functionalization):
     # It names ops that only CUDA builds have; inductor does without it.
     fix_functionalization.FixFunctionalizationPass.__call__ = lambda self, graph: None
 
 
-if "v2" in MODES:
+if MODES & {"v2", "kernels"}:
     os.environ["TRITON_INTERPRET"] = "1"
+if "v2" in MODES:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 if MODES:
     changes = {"vllm.platforms.cpu": _keep_config}
@@ -88,4 +104,6 @@ if MODES:
         changes["triton.backends"] = _add_cpu_backend
     if "piecewise" in MODES:
         changes["vllm.compilation.passes.utility.fix_functionalization"] = _skip_pass
+    if "unsalted" in MODES:
+        changes["vllm.config.vllm"] = _forget_sites
     sys.meta_path.insert(0, _AfterImport(changes))
