@@ -36,6 +36,7 @@ def register() -> None:
 
         if KEY in (self.additional_config or {}):
             # An engine of steer's own, which sees to everything itself.
+            serve.leave_alone()
             return create(self, *rest, **named)
         return serve.prepare(self, lambda: create(self, *rest, **named), _dictionaries(os.environ))
 

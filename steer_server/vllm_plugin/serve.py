@@ -28,6 +28,9 @@ _BEAM_SEARCHES = {
     "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
 }
 
+_next: list[Callable[[Any], None]] = []
+"""At most one: what is to be done to the next OutputProcessor."""
+
 
 def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str]) -> Any:
     """The config that `create` makes of `arguments`, for an engine with the dictionaries in `folders` resident.
@@ -45,21 +48,29 @@ def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str
     worker = WORKERS.get(current_platform.device_type)
     if worker is None:
         raise UnsupportedVllm(f"vLLM's platform {current_platform.device_type!r} is not served")
-    arguments.worker_cls = worker
-    arguments.scheduler_cls = "steer_server.vllm_plugin.scheduler.scheduler"
-    arguments.additional_config = {
-        **(arguments.additional_config or {}),
-        KEY: {
-            "sites": list(map(str, sites)),
-            "slots": slots,
-            "version": __version__,
-            "dictionaries": [
-                [name, str(entry.folder.resolve()), entry.card.arithmetic]
-                for name, entry in stored.items()
-            ],
+    own = {
+        "worker_cls": worker,
+        "scheduler_cls": "steer_server.vllm_plugin.scheduler.scheduler",
+        "additional_config": {
+            **(arguments.additional_config or {}),
+            KEY: {
+                "sites": list(map(str, sites)),
+                "slots": slots,
+                "version": __version__,
+                "dictionaries": [
+                    [name, str(entry.folder.resolve()), entry.card.arithmetic]
+                    for name, entry in stored.items()
+                ],
+            },
         },
     }
-    config = create()
+    before = {name: getattr(arguments, name) for name in own}
+    vars(arguments).update(own)
+    try:
+        config = create()
+    finally:
+        # A caller may make a second config of them.
+        vars(arguments).update(before)
     _refuse_beam_search()
     shape = model_shape(config.model_config.hf_text_config)
     for entry in stored.values():
@@ -70,13 +81,26 @@ def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str
     return config
 
 
+def leave_alone() -> None:
+    """The next OutputProcessor belongs to an engine of steer's own."""
+    _next.clear()
+
+
 def _attach_to_next(then: Callable[[Any], None]) -> None:
+    """The last config counts: whoever made one before has made no engine of it."""
+    if not _next:
+        _wrap_output_processor()
+    _next[:] = [then]
+
+
+def _wrap_output_processor() -> None:
     initialise = OutputProcessor.__init__
 
     def init(self: Any, *rest: Any, **named: Any) -> None:
         OutputProcessor.__init__ = initialise
         initialise(self, *rest, **named)
-        then(self)
+        if _next:
+            _next.pop()(self)
 
     OutputProcessor.__init__ = init
 

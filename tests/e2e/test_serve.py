@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm import LLM, SamplingParams
+from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs import TokensPrompt
 
 from steer_server.dictionary.edits import Ablate, AddRelative
@@ -206,7 +206,7 @@ def test_beam_search_with_edits_is_refused(steered: Server) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_vllms_own_python_class_takes_programs_too(
+def test_vllms_own_python_classes_take_programs_too_whatever_was_configured_before(
     model_path: Path,
     random_dictionary: StoredDictionary,
     reference: Reference,
@@ -220,12 +220,17 @@ def test_vllms_own_python_class_takes_programs_too(
         max_tokens=16, temperature=0.0, ignore_eos=True, extra_args={"steer": {"edits": AS_JSON}}
     )
 
-    llm = LLM(str(model_path), dtype="float32", enforce_eager=True, max_model_len=256)
+    arguments = EngineArgs(str(model_path), dtype="float32", enforce_eager=True, max_model_len=256)
+    arguments.create_engine_config()
+    engine = LLMEngine.from_engine_args(arguments)
     try:
-        (output,) = llm.generate(TokensPrompt(prompt_token_ids=prompt), parameters, use_tqdm=False)
+        engine.add_request("one", TokensPrompt(prompt_token_ids=prompt), parameters)
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        engine.engine_core.shutdown()
 
+    (output,) = outputs
     expected = reference.generate(prompt, 16, from_one(EDITS))
     assert tuple(output.outputs[0].token_ids) == expected.token_ids
     edits = output.kv_transfer_params["steer"]["0"]["edits"]
