@@ -1,7 +1,7 @@
 """What a request's program must be before it may run, and what of it travels to the worker."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steer_server.dictionary.files import StoredDictionary
@@ -11,6 +11,7 @@ from steer_server.errors import (
     DictionaryMismatch,
     DictionaryNotFound,
     InvalidRequest,
+    Overloaded,
     UnknownFeature,
 )
 from steer_server.program import Program, ReadOut
@@ -85,19 +86,43 @@ def check_scopes(program: Program, prompt_length: int, max_tokens: int) -> None:
 def wire(
     program: Program, dictionaries: Dictionaries, sites: list[Site], slots: int
 ) -> dict[str, Any]:
-    """`program` for the scheduler and the workers; Overloaded if no engine of this size could ever run it."""
-    features = sorted(
-        (sites.index(dictionaries[name].card.site), name, feature)
-        for name, feature in program.features()
-    )
-    for number, site in enumerate(sites):
-        needed = sum(place == number for place, _, _ in features)
+    """`program` for the scheduler and the workers; InvalidRequest if no engine of this size could ever run it."""
+    for site, needed in _slots_needed([program], dictionaries, sites).items():
         if needed > slots:
             raise InvalidRequest(
                 f"the edits need {needed} slots at {site}, the engine has {slots}; name fewer features",
                 field="edits",
             )
+    features = sorted(
+        (sites.index(dictionaries[name].card.site), name, feature)
+        for name, feature in program.features()
+    )
     return {"program": to_json(program), "features": features}
+
+
+def check_revisions(
+    programs: Sequence[Program], dictionaries: Dictionaries, sites: list[Site], slots: int
+) -> None:
+    """Overloaded if the programs of one generation could never have their slots all at once.
+
+    A generation keeps those of its earlier programs, which a preemption replays, so it would wait for itself.
+    """
+    for site, needed in _slots_needed(programs, dictionaries, sites).items():
+        if needed > slots:
+            raise Overloaded(
+                f"with this update the generation has edited {needed} features at {site}, the engine has {slots} "
+                "slots; go on in a new one"
+            )
+
+
+def _slots_needed(
+    programs: Sequence[Program], dictionaries: Dictionaries, sites: list[Site]
+) -> dict[Site, int]:
+    features = set().union(*(program.features() for program in programs))
+    needed = dict.fromkeys(sites, 0)
+    for name, _ in features:
+        needed[dictionaries[name].card.site] += 1
+    return needed
 
 
 def _dictionary(name: str, dictionaries: Dictionaries, path: str) -> StoredDictionary:

@@ -92,6 +92,8 @@ class VllmEngine:
         self._model_config = model_shape(config.hf_text_config)
         self._frontend = Frontend(settings.sites, settings.edit_slots, self._admitted)
         self._running: set[str] = set()
+        self._accounts: dict[str, Account] = {}
+        """Of the running generations with a program."""
         self._live: dict[str, asyncio.Event] = {}
         """Generations that may be updated; the event says that vLLM has taken the request in."""
         self._update_lock = asyncio.Lock()
@@ -171,14 +173,13 @@ class VllmEngine:
         self._running.add(name)
         if generation.live:
             self._live[name] = asyncio.Event()
-        index, account = 0, None
+        index = 0
         try:
             prompt = TokensPrompt(prompt_token_ids=list(generation.prompt_token_ids))
             stream = self._llm.generate(prompt, _parameters(generation), name)
             async with aclosing(stream) as outputs:
                 async for output in outputs:
-                    account = account or self._frontend.account(name)
-                    step = _step(output, index, account)
+                    step = _step(output, index, self._accounts.get(name))
                     index += len(step.token_ids)
                     yield step
         except EngineDeadError as error:
@@ -190,6 +191,7 @@ class VllmEngine:
             raise
         finally:
             self._running.discard(name)
+            self._accounts.pop(name, None)
             if name in self._live:
                 self._live.pop(name).set()
 
@@ -220,7 +222,9 @@ class VllmEngine:
             # vLLM shuts down once more when it is collected, which must not be at the interpreter's end.
             del self._llm
 
-    def _admitted(self, name: str) -> None:
+    def _admitted(self, name: str, account: Account) -> None:
+        if name in self._running:
+            self._accounts[name] = account
         if name in self._live:
             self._live[name].set()
 

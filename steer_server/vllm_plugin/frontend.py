@@ -13,7 +13,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from steer_server.admission import check, check_scopes, parse, wire
+from steer_server.admission import check, check_revisions, check_scopes, parse, wire
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
 from steer_server.errors import InvalidRequest, Overloaded
@@ -35,9 +35,13 @@ class Frontend:
         self,
         sites: Sequence[Site],
         slots: int,
-        admitted: Callable[[str], None] = lambda name: None,
+        admitted: Callable[[str, Account], None] = lambda name, account: None,
     ) -> None:
-        """`admitted` is told the caller's id of each request with a program that has come in."""
+        """`admitted` gets the caller's id and the account of each request with a program that has come in.
+
+        Whoever needs the account to the end keeps it: here it is forgotten once vLLM is done with the request, which
+        may be before the caller has read a single output.
+        """
         self._admitted = admitted
         self.sites = list(sites)
         self.slots = slots
@@ -81,14 +85,15 @@ class Frontend:
         parameters.extra_args = {**rest, KEY: content}
         self._see_to_cache(request, parameters, program, live)
         self._forget_ended(known)
-        self.accounts[request.request_id] = Account(request.prompt_token_ids, [program])
+        account = Account(request.prompt_token_ids, [program])
+        self.accounts[request.request_id] = account
         self._names[name, index] = request.request_id
-        self._admitted(name)
+        self._admitted(name, account)
 
     def update(self, name: str, program: Program) -> tuple[int, EngineCoreRequest]:
         """The revision that `program` will be, and the message to send to the engine.
 
-        InvalidRequest if there is no such request, or not that program; Overloaded after too many.
+        InvalidRequest if there is no such request, or not that program; Overloaded after too many, or too many features.
         """
         vllm_id = self._names.get((name, 0), "")
         account = self.accounts.get(vllm_id)
@@ -103,6 +108,8 @@ class Frontend:
         check(program, self.dictionaries)
         program = program.resolve(account.prompt_length)
         content = wire(program, self.dictionaries, self.sites, self.slots)
+        programs = [*account.programs, program]
+        check_revisions(programs, self.dictionaries, self.sites, self.slots)
         return account.add_revision(program), _message(content | {"update": vllm_id})
 
     def receive(self, outputs: Sequence[Any]) -> None:

@@ -55,7 +55,7 @@ async def run_job(engine: VllmEngine, job: Job) -> Result:
     try:
         while result.finish is None:
             _enter(result, await pending)
-            result.account = result.account or engine._frontend.account(job.name)
+            result.account = result.account or engine._accounts.get(job.name)
             send_updates()
             if job.abort_after is not None and len(result.token_ids) >= job.abort_after:
                 break
