@@ -185,6 +185,15 @@ class Runtime:
         report.errors += [(request, "the op did not run for a read-out") for request in missed]
         return report.to_wire()
 
+    def counts(self) -> dict[str, int]:
+        """What is kept for requests, which is nothing once all have ended and another pass has run."""
+        slots = sum(bank.slots.used for bank in self.banks.values())
+        return {
+            "requests": len(self._states),
+            "slots": slots,
+            "layout_members": len(self._layout.members) if self._layout else 0,
+        }
+
     def _follow(self, layout: Layout | None) -> None:
         """The sites do from now on what the layout says."""
         self._layout, self._changed = layout, False

@@ -118,3 +118,7 @@ class SteerWorker:
     def steer_op_calls(self) -> list[int]:
         """How often the model called the op in this process, by site, warm-up included."""
         return self.steer.op_calls
+
+    def steer_counts(self) -> dict[str, int]:
+        """As `Runtime.counts`."""
+        return self.steer.counts()
