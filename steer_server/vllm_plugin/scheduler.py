@@ -62,6 +62,9 @@ class _Steering:
             super().add_request(request)  # type: ignore[misc]
         finished = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
         self._release_ended()
+        if gone:
+            # They may have been all that kept others from slots.
+            self._admit_held()
         return finished
 
     def schedule(self, *args: Any, **named: Any) -> SchedulerOutput:
