@@ -196,10 +196,10 @@ class VllmEngine:
                 self._live.pop(name).set()
 
     async def update(self, request_id: str, program: Program) -> int:
+        if request_id in self._live:
+            await self._live[request_id].wait()
         # Revisions reach the scheduler in the order in which they are counted.
         async with self._update_lock:
-            if request_id in self._live:
-                await self._live[request_id].wait()
             if request_id not in self._live:
                 raise InvalidRequest(
                     f"generation {request_id!r} is not live or has ended; its edits cannot change"
