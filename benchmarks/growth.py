@@ -10,8 +10,6 @@ rounds of (time with / time without) - 1, in percent of the model's own time.
 
 import argparse
 import asyncio
-import json
-import os
 import statistics
 import tempfile
 import time
@@ -20,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vllm
-from serving_overhead import cpu_name
+from common import circumstances, measure, parser
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -38,7 +35,7 @@ from steer_server.program import FeatureEdit, Program, ReadOut
 LAYERS = (3, 6, 9, 12, 15, 18, 21, 24)
 NARROW = 4096
 WIDTHS = (4096, 16_384, 65_536, 131_072)
-BATCH, TOKENS = 16, 24
+BATCH, TOKENS = 16, 16
 
 
 def edit_program(edits: int, sites: int = 1) -> Program:
@@ -155,10 +152,7 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
                 bar.update()
     await engine.shutdown()
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
-        "model": options.model.name,
+        **circumstances(options),
         "batch": BATCH,
         "rounds": options.rounds,
         "percent_of_model_time": found,
@@ -188,27 +182,11 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
-    parser.add_argument("--json", type=Path, help="write the result here as well")
-    parser.add_argument("--plot", type=Path, help="draw it, as .svg or .png")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
     # vLLM starts its processes by importing this file again.
-    options = _options()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    result = asyncio.run(main(options))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
+    made = parser(__doc__, rounds=5)
+    made.add_argument("--plot", type=Path, help="draw it, as .svg or .png")
+    options = made.parse_args()
+    result = measure(options, main)
     if options.plot:
         plot(result, options.plot)

@@ -14,17 +14,12 @@ median over rounds of (median latency with / median latency without).
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import random
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
-import vllm
+from common import add_engine_options, circumstances, measure, parser
 from tqdm import tqdm
 
 from steer_server.dictionary import files
@@ -98,7 +93,7 @@ class Bench:
         return Generation(f"r{self._count}", prompt, sampling, program, live)
 
 
-async def measure(bench: Bench, rounds: int, tokens: int, updates: int) -> dict[str, Any]:
+async def measured(bench: Bench, rounds: int, tokens: int, updates: int) -> dict[str, Any]:
     late: list[int] = []
     latency: dict[bool, list[float]] = {True: [], False: []}
     await bench.round(8, 0)
@@ -141,54 +136,19 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
     await engine.add_dictionary(NAME, stored)
     rounds, tokens, updates = (2, 24, 4) if options.quick else (options.rounds, 128, 20)
     result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{_cpu()}, {os.cpu_count()} cores",
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
-        "model": options.model.name,
+        **circumstances(options),
         "n_features": stored.card.n_features,
         "compiled": options.compiled,
         "async_scheduling": engine._llm.vllm_config.scheduler_config.async_scheduling,
         "rounds": rounds,
-        **await measure(Bench(engine), rounds, tokens, updates),
+        **await measured(Bench(engine), rounds, tokens, updates),
     }
     await engine.shutdown()
     return result
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
-    parser.add_argument(
-        "--dictionary",
-        type=Path,
-        default=next(iter(sorted(Path("examples/dictionaries").glob("*/"))), None),
-        help="folder; default: the first in examples/dictionaries",
-    )
-    parser.add_argument("--json", type=Path, help="write the result here as well")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--compiled", action="store_true")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
     # vLLM starts its processes by importing this file again.
-    options = _options()
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    result = json.dumps(asyncio.run(main(options)), indent=1)
-    print(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(result + "\n")
+    options = parser(__doc__, rounds=9)
+    add_engine_options(options)
+    measure(options.parse_args(), main)

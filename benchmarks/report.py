@@ -26,7 +26,7 @@ LOADS = {
     "batch_1": "batch 1",
     "batch_16": "batch 16",
     "prompt_1x512": "prompt of 512",
-    "prompt_16x256": "16 prompts of 256",
+    "prompt_4x256": "4 prompts of 256",
 }
 
 
@@ -50,6 +50,11 @@ def serving_overhead() -> str:
     for case, name in CASES.items():
         cells = [f"{result[load][case]:.2f}" for result in results for load in LOADS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    eager, compiled = (result["batch_64"]["programs64"] for result in results)
+    lines += [
+        "",
+        f"64 requests, each with 4 edits of its own: {eager:.2f} eager, {compiled:.2f} compiled.",
+    ]
     return "\n".join(lines)
 
 

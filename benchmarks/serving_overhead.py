@@ -11,17 +11,12 @@ to both. Each figure is the median over rounds of (time of plain vLLM / time of 
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import vllm
+from common import add_engine_options, circumstances, measure, parser
 from tqdm import tqdm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -69,10 +64,10 @@ def edits(count: int, first: int = 0) -> tuple[FeatureEdit, ...]:
 
 
 LOADS = {
-    "batch_1": (Workload(1, PROMPT_TOKENS, 32), cases()),
-    "batch_16": (Workload(16, PROMPT_TOKENS, 32), cases()),
+    "batch_1": (Workload(1, PROMPT_TOKENS, 24), cases()),
+    "batch_16": (Workload(16, PROMPT_TOKENS, 24), cases()),
     "prompt_1x512": (Workload(1, 512, 1), cases()),
-    "prompt_16x256": (Workload(16, 256, 1), cases()),
+    "prompt_4x256": (Workload(4, 256, 1), cases()),
     "batch_64": (
         Workload(64, PROMPT_TOKENS, 16),
         # Each request edits other features by other strengths.
@@ -181,10 +176,7 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
         for name, (load, asked) in LOADS.items()
     }
     result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
-        "model": options.model.name,
+        **circumstances(options),
         "n_features": stored.card.n_features,
         "compiled": options.compiled,
         "rounds": rounds,
@@ -199,41 +191,8 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def cpu_name() -> str:
-    """The processor, in its maker's words."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
-    parser.add_argument(
-        "--dictionary",
-        type=Path,
-        default=next(iter(sorted(Path("examples/dictionaries").glob("*/"))), None),
-        help="folder; default: the first in examples/dictionaries",
-    )
-    parser.add_argument("--json", type=Path, help="write the result here as well")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--compiled", action="store_true")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
     # vLLM starts its processes by importing this file again.
-    options = _options()
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    result = json.dumps(asyncio.run(main(options)), indent=1)
-    print(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(result + "\n")
+    options = parser(__doc__, rounds=7)
+    add_engine_options(options)
+    measure(options.parse_args(), main)

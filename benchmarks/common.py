@@ -1,0 +1,70 @@
+"""What the benchmarks of the engine take and say in common."""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+
+
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that every one has; `rounds` is the default number."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    made.add_argument("--json", type=Path, help="write the result here as well")
+    made.add_argument("--rounds", type=int, default=rounds)
+    made.add_argument("--quick", action="store_true")
+    return made
+
+
+def add_engine_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--dictionary",
+        type=Path,
+        default=next(iter(sorted(Path("examples/dictionaries").glob("*/"))), None),
+        help="folder; default: the first in examples/dictionaries",
+    )
+    made.add_argument("--compiled", action="store_true")
+
+
+def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """When, on what and with what a result was measured."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": f"{_cpu()}, {os.cpu_count()} cores",
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+        "model": options.model.name,
+    }
+
+
+def measure(
+    options: argparse.Namespace, main: Callable[[argparse.Namespace], Awaitable[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Runs `main`, prints its result and writes it where the options say."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    result = asyncio.run(main(options))  # type: ignore[arg-type]
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n")
+    return result
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
