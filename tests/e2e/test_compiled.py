@@ -62,6 +62,8 @@ async def test_compiled_models_keep_the_op_through_warm_and_foreign_compile_cach
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    # A part of the key; our engine would set it, and plain vLLM would not.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     steered = program(EDITS, ReadOut("random", top_k=8))
     prompt = reference.tokenize(IOI)
     await run_plain_vllm(model_path, prompt)

@@ -20,6 +20,8 @@ async def test_a_model_compiled_without_the_op_is_never_served(
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    # A part of the key; our engine would set it, and plain vLLM would not.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     tiny = make_tiny_llama(tmp_path / "tiny", model_path)
     await run_plain_vllm(tiny, [1, 2, 3])
     settings = EngineSettings(
