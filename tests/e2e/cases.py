@@ -28,12 +28,16 @@ class Result(Outcome):
     programs: list[Program] = field(default_factory=list)
     """By revision."""
     account: Account | None = None
-    late: list[int] = field(default_factory=list)
-    """By applied revision: tokens from the last one that the client had seen to the first drawn under it."""
+    ended: bool = False
 
 
 async def run_case(engine: VllmEngine, jobs: Sequence[Job]) -> list[Result]:
-    return await asyncio.gather(*(run_job(engine, job) for job in jobs))
+    """By job; all have ended before the first failure is raised."""
+    found = await asyncio.gather(*(run_job(engine, job) for job in jobs), return_exceptions=True)
+    for result in found:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in found if isinstance(result, Result)]
 
 
 async def run_job(engine: VllmEngine, job: Job) -> Result:
@@ -41,30 +45,47 @@ async def run_job(engine: VllmEngine, job: Job) -> Result:
     sampling = Sampling(max_tokens=job.tokens, temperature=0.0, ignore_eos=True, logprobs=True)
     generation = Generation(job.name, job.prompt, sampling, job.program, job.live)
     result = Result(programs=[job.program])
-    waiting, sent = list(job.updates), []
-
-    def send_updates() -> None:
-        while waiting and waiting[0][0] <= len(result.token_ids):
-            seen, program = waiting.pop(0)
-            sent.append((seen, program, asyncio.create_task(engine.update(job.name, program))))
-
+    progress = asyncio.Condition()
     stream = engine.generate(generation)
     pending = asyncio.ensure_future(anext(stream))
-    await asyncio.sleep(0)
-    send_updates()
+    sender = asyncio.create_task(_send_updates(engine, job, result, progress))
     try:
         while result.finish is None:
             _enter(result, await pending)
             result.account = result.account or engine._accounts.get(job.name)
-            send_updates()
+            async with progress:
+                progress.notify_all()
             if job.abort_after is not None and len(result.token_ids) >= job.abort_after:
                 break
             if result.finish is None:
                 pending = asyncio.ensure_future(anext(stream))
     finally:
         await stream.aclose()  # type: ignore[attr-defined]
-    await _settle(result, [(program, task) for _, program, task in sent])
+        result.ended = True
+        async with progress:
+            progress.notify_all()
+    await sender
     return result
+
+
+async def _send_updates(
+    engine: VllmEngine, job: Job, result: Result, progress: asyncio.Condition
+) -> None:
+    """An update may be too late; otherwise it has the next revision."""
+    for update in job.updates:
+        async with progress:
+            await progress.wait_for(
+                lambda seen=update.seen: result.ended or len(result.token_ids) >= seen
+            )
+        await asyncio.sleep(update.delay)
+        (answer,) = await asyncio.gather(
+            engine.update(job.name, update.program), return_exceptions=True
+        )
+        if isinstance(answer, InvalidRequest):
+            assert "not live" in str(answer)
+            return
+        assert answer == len(result.programs)
+        result.programs.append(update.program)
 
 
 def _enter(result: Result, step: StepOutput) -> None:
@@ -74,18 +95,6 @@ def _enter(result: Result, step: StepOutput) -> None:
     result.rows += step.activations
     result.applied += step.applied
     result.finish = step.finish
-
-
-async def _settle(result: Result, sent: Sequence[tuple[Program, asyncio.Task[int]]]) -> None:
-    """An update may be too late; otherwise it has the next revision."""
-    for program, task in sent:
-        (answer,) = await asyncio.gather(task, return_exceptions=True)
-        if isinstance(answer, int):
-            assert answer == len(result.programs)
-            result.programs.append(program)
-        else:
-            assert isinstance(answer, InvalidRequest)
-            assert "not live" in str(answer)
 
 
 def check(job: Job, result: Result, reference: MultiReference) -> None:
@@ -122,7 +131,7 @@ def _held(job: Job, result: Result) -> list[tuple[int, Held]]:
     for (revision, index), start in zip(map(_pair, result.applied), starts[1:], strict=True):
         assert index == max(0, start + 1 - len(job.prompt)), f"revision {revision}"
         assert 0 <= index < job.tokens
-        assert index >= job.updates[revision - 1][0]
+        assert index >= job.updates[revision - 1].seen
     ends = [*starts[1:], rows]
     return [
         (revision, Held(result.programs[revision], start, end))

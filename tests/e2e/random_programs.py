@@ -126,6 +126,17 @@ def _centred(normal: _Normal) -> Dictionary:
 
 
 @dataclass(frozen=True)
+class Update:
+    """A new program for a running job."""
+
+    seen: int
+    """Tokens that the client has seen when it decides to send it."""
+    delay: float
+    """Seconds until it does; a request that waits in a preemption may get it there."""
+    program: Program
+
+
+@dataclass(frozen=True)
 class Job:
     """One request of a case."""
 
@@ -134,8 +145,7 @@ class Job:
     tokens: int
     program: Program
     live: bool
-    updates: tuple[tuple[int, Program], ...]
-    """(tokens the client has seen when it sends it, new program)."""
+    updates: tuple[Update, ...]
     abort_after: int | None
     """Tokens seen when the client leaves; None: it stays to the end."""
     pause: float
@@ -170,7 +180,7 @@ class Draw:
     def _job(self, name: str, earlier: Job | None) -> Job:
         """One that follows `earlier` has its program and begins with its prompt: it may find it in the cache."""
         random = self._random
-        tokens = random.randint(1, 24)
+        tokens = random.randint(1, 48)
         if earlier is not None:
             prompt = (*earlier.prompt, *self._tokens(random.randint(0, 64 - len(earlier.prompt))))
             return replace(
@@ -184,7 +194,8 @@ class Draw:
                 abort_after=None,
                 pause=random.choice([0.0, 0.1]),
             )
-        prompt = self._tokens(random.randint(3, 60))
+        # Short ones are many at a time, and cross into their second KV block long after their first updates.
+        prompt = self._tokens(random.randint(3, random.choice([16, 60])))
         likely = [*prompt, *self._continuation(prompt, 6)]
         live = self._chance(0.6)
         after = sorted(
@@ -196,7 +207,14 @@ class Draw:
             tokens,
             Program() if self._chance(0.1) else self.program(len(prompt), tokens, likely),
             live,
-            tuple((seen, self.program(len(prompt), tokens, likely)) for seen in after),
+            tuple(
+                Update(
+                    seen,
+                    random.choice([0.0, random.uniform(0, 0.3)]),
+                    self.program(len(prompt), tokens, likely),
+                )
+                for seen in after
+            ),
             random.randint(1, tokens) if self._chance(0.1) else None,
             random.choice([0.0, 0.0, random.uniform(0, 0.3)]),
         )

@@ -20,8 +20,8 @@ from tests.e2e.random_programs import Draw, make_dictionaries
 
 pytestmark = pytest.mark.e2e
 
-# The KV cache holds three of the longest requests, so that batches are preempted. 32 is the smallest block on CPU.
-KV_BLOCKS, BLOCK = 10, 32
+# The KV cache holds two of the longest requests, so that batches are preempted. 32 is the smallest block on CPU.
+KV_BLOCKS, BLOCK = 8, 32
 CI, NIGHTLY = range(20), range(20, 220)
 
 
