@@ -18,7 +18,7 @@ COMPILED = "tests/e2e/test_compiled.py"
 
 
 # Triton's interpreter is slow: these are what a change of the runner or of the kernels would break first.
-V2 = "hook[add] or mixed_batch or bit_identical or chunks or read_out_equals or exactly_the_index"
+V2 = "hook[add] or bit_identical or chunks or read_out_equals or exactly_the_index"
 KERNELS = "hook[add] or hook[clamp] or read_out_equals"
 
 
