@@ -105,11 +105,16 @@ def check(job: Job, result: Result, reference: MultiReference) -> None:
     assert len(result.token_ids) == len(result.logprobs) == job.tokens
     held = _held(job, result)
     answer = reference.ask(job.prompt, result.token_ids, [part for _, part in held])
-    got = torch.tensor(result.logprobs)
-    assert (got - answer.logprobs).abs().max() < TOLERANCE, (
-        f"log-probabilities differ by {(got - answer.logprobs).abs().tolist()}"
-    )
-    assert (answer.best - answer.logprobs).max() < TOLERANCE, "a token is not the likeliest"
+    # Token t is drawn from row prompt + t - 1. Behind a decision that hangs on rounding there is nothing to compare.
+    drawn = max(0, answer.settled - len(job.prompt) + 1)
+    if answer.settled < len(job.prompt) + job.tokens - 1:
+        print(f"{job.name}: rounding decides an edit at row {answer.settled}")
+    difference = (torch.tensor(result.logprobs) - answer.logprobs).abs()[:drawn]
+    assert (difference < TOLERANCE).all(), f"{job.name}: off by {difference.max()}, {difference}"
+    above = (answer.best - answer.logprobs)[:drawn]
+    assert (above < TOLERANCE).all(), f"{job.name}: a token is not the likeliest, {above}"
+    if answer.settled < len(job.prompt) + job.tokens - 1:
+        return
     computed = _computed(job, result)
     _check_reports(result, held, answer, computed)
     _check_rows(job, result, held, answer, computed, reference)

@@ -21,6 +21,8 @@ from steer_server.dictionary.site import Site
 from steer_server.program import FeatureEdit, Program
 
 CLOSE = 1e-3
+TOSS = 1e-5
+"""Where a threshold or a condition is this near, rounding decides on which side the model is."""
 """Activations nearer than this to where they set in, in units of z, may be computed as on or off."""
 
 
@@ -57,6 +59,8 @@ class Answer:
     after: dict[Site, Tensor]
     tallies: dict[tuple[int, int], EditTally]
     """By (index of the held program, edit)."""
+    settled: int
+    """Rows before the first one at which rounding decides an edit."""
 
 
 def holds(entry: FeatureEdit, position: int, token: int, prompt_length: int) -> bool:
@@ -130,6 +134,15 @@ def activations(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(z > threshold, z, 0.0), (z - threshold).abs() < CLOSE
 
 
+def margin(dictionary: Dictionary, x: Tensor) -> Tensor:
+    """How far each feature is from jumping to 0 or back; [rows, n_features]."""
+    if dictionary.activation in (Activation.RELU, Activation.IDENTITY):
+        # These have no jump.
+        return torch.full((len(x), dictionary.n_features), torch.inf)
+    z, threshold = preactivations(dictionary, x)
+    return (z - threshold).abs()
+
+
 class MultiReference:
     """One model with the dictionaries of all its sites."""
 
@@ -142,7 +155,7 @@ class MultiReference:
     def ask(self, prompt: Sequence[int], generated: Sequence[int], held: Sequence[Held]) -> Answer:
         """`held` cover the positions of the text one after the other."""
         ids = [*prompt, *generated[:-1]]
-        answer = Answer(torch.empty(0), torch.empty(0), {}, {}, {})
+        answer = Answer(torch.empty(0), torch.empty(0), {}, {}, {}, len(ids))
         with self._hooked(ids, len(prompt), held, answer):
             logits = self.model(torch.tensor([ids]), logits_to_keep=len(generated)).logits[0]
         scores = logits.log_softmax(dim=-1)
@@ -198,6 +211,7 @@ class MultiReference:
     ) -> Tensor:
         delta = torch.zeros_like(x)
         here = {name: s for name, s in self.dictionaries.items() if s.card.site == site}
+        margins = {name: margin(stored.dictionary, x) for name, stored in here.items()}
         encoded = {name: activations(stored.dictionary, x) for name, stored in here.items()}
         for number, part in enumerate(held):
             for index, entry in enumerate(part.program.edits):
@@ -210,12 +224,18 @@ class MultiReference:
                     if holds(entry, p, ids[p], prompt_length):
                         f, close = (t[p, entry.edit.feature] for t in encoded[entry.dictionary])
                         on = True
+                        nearest = float(margins[entry.dictionary][p, entry.edit.feature])
                         if entry.when is not None:
                             other, near = (
                                 t[p, entry.when.feature] for t in encoded[entry.when.dictionary]
                             )
                             on = bool(other > entry.when.above)
+                            other_margin = margins[entry.when.dictionary][p, entry.when.feature]
+                            to_condition = abs(float(other) - entry.when.above)
+                            nearest = min(nearest, float(other_margin), to_condition)
                             close = close | near | ((other - entry.when.above).abs() < CLOSE)
+                        if nearest < TOSS:
+                            answer.settled = min(answer.settled, p)
                         wanted = target(entry.edit, f, x[p], row, p, prompt_length)
                         change = wanted - f if on else torch.zeros(())
                         delta[p] += change * row

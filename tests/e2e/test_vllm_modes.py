@@ -18,18 +18,16 @@ COMPILED = "tests/e2e/test_compiled.py"
 
 
 # Triton's interpreter is slow: these are what a change of the runner or of the kernels would break first.
-V2 = "hook[add] or bit_identical or chunks or read_out_equals or exactly_the_index"
-KERNELS = "hook[add] or hook[clamp] or read_out_equals"
+V2 = "hook[add] or read_out_equals or exactly_the_index"
 
 
 @pytest.mark.parametrize(
     ("modes", "tests"),
     [
         ("async", [ENGINE]),
-        ("piecewise", [COMPILED]),
         ("piecewise,unsalted", ["tests/e2e/vllm_modes/stale_cache.py"]),
-        ("v2", [ENGINE, "-k", V2]),
-        ("v2,kernels", [ENGINE, "-k", KERNELS]),
+        ("v2,kernels", [ENGINE, "-k", V2]),
+        pytest.param("piecewise", [COMPILED], marks=pytest.mark.nightly),
         pytest.param("v2,async", [ENGINE], marks=pytest.mark.nightly),
         pytest.param("kernels", [ENGINE], marks=pytest.mark.nightly),
         pytest.param("v2", [ENGINE], marks=pytest.mark.nightly),
