@@ -53,7 +53,18 @@ async def run_plain_vllm(model: Path, prompt: list[int]) -> None:
         llm.shutdown()
 
 
+@pytest.mark.parametrize(
+    "starts",
+    [
+        pytest.param(("after plain vLLM",), id="once"),
+        # A start takes a minute and more.
+        pytest.param(
+            ("after other models", "with its own warm cache"), marks=pytest.mark.nightly, id="twice"
+        ),
+    ],
+)
 async def test_compiled_models_keep_the_op_through_warm_and_foreign_compile_caches(
+    starts: tuple[str, ...],
     model_path: Path,
     random_dictionary: StoredDictionary,
     reference: Reference,
@@ -67,9 +78,10 @@ async def test_compiled_models_keep_the_op_through_warm_and_foreign_compile_cach
     steered = program(EDITS, ReadOut("random", top_k=8))
     prompt = reference.tokenize(IOI)
     await run_plain_vllm(model_path, prompt)
-    async with started(model_path, Site("resid_post", SITE.layer - 5)) as engine:
-        await run(engine, "at another site", prompt, tokens=2)
-    for start in ("after other models", "with its own warm cache"):
+    if len(starts) > 1:
+        async with started(model_path, Site("resid_post", SITE.layer - 5)) as engine:
+            await run(engine, "at another site", prompt, tokens=2)
+    for start in starts:
         async with started(model_path) as engine:
             await engine.add_dictionary("random", random_dictionary)
             before = await engine.op_calls()
@@ -80,7 +92,7 @@ async def test_compiled_models_keep_the_op_through_warm_and_foreign_compile_cach
             assert_same(outcome, reference.generate(prompt, 16, from_one(EDITS)))
             assert_same(plain, reference.generate(prompt, 16, from_one(())))
             assert list(outcome.features()) == list(range(len(prompt) + 15))
-            if start == "with its own warm cache":
+            if start == starts[-1]:
                 await assert_like_eager(engine, reference, random_dictionary)
 
 
