@@ -8,7 +8,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,15 +30,14 @@ LOADS = {
 
 
 def serving_overhead() -> str:
-    """Speed against plain vLLM: a row a case, a column a load, eager and compiled."""
-    results = [_result("serving_overhead"), _result("serving_overhead_compiled")]
+    """Speed against plain vLLM: a row a case, a column a load, for each mode that has been measured."""
+    files = ("serving_overhead", "serving_overhead_compiled")
+    paths = [RESULTS / f"{name}.json" for name in files]
+    results = [json.loads(path.read_text()) for path in paths if path.exists()]
     first = results[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    heads = [
-        f"{'compiled' if result['compiled'] else 'eager'}, {load}"
-        for result in results
-        for load in LOADS.values()
-    ]
+    modes = ["compiled" if result["compiled"] else "eager" for result in results]
+    heads = [f"{mode}, {load}" for mode in modes for load in LOADS.values()]
     lines = [
         f"Tokens/s relative to plain vLLM (float32, {first['n_features']:,} features, medians of "
         f"{first['rounds']} interleaved rounds; {first['hardware']}; {versions}; {first['date']}):",
@@ -50,16 +48,12 @@ def serving_overhead() -> str:
     for case, name in CASES.items():
         cells = [f"{result[load][case]:.2f}" for result in results for load in LOADS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    eager, compiled = (result["batch_64"]["programs64"] for result in results)
-    lines += [
-        "",
-        f"64 requests, each with 4 edits of its own: {eager:.2f} eager, {compiled:.2f} compiled.",
+    many = [
+        f"{result['batch_64']['programs64']:.2f} {mode}"
+        for result, mode in zip(results, modes, strict=True)
     ]
+    lines += ["", f"64 requests, each with 4 edits of its own: {', '.join(many)}."]
     return "\n".join(lines)
-
-
-def _result(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 TABLES = {"serving_overhead": serving_overhead}

@@ -15,18 +15,21 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 HERE = Path(__file__).parent
 ENGINE = "tests/e2e/test_engine.py"
 COMPILED = "tests/e2e/test_compiled.py"
+PROPERTY = "tests/e2e/test_property.py"
 
 
 # Triton's interpreter is slow: these are what a change of the runner or of the kernels would break first.
-V2 = "hook[add] or read_out_equals or exactly_the_index"
+V2 = "hook[add] or hook[clamp] or read_out_equals"
+ASYNC = "mixed_batch or chunks or exactly_the_index or first_token or read_out_equals"
 
 
 @pytest.mark.parametrize(
     ("modes", "tests"),
     [
-        ("async", [ENGINE]),
+        ("async", [ENGINE, "-k", ASYNC]),
         ("piecewise,unsalted", ["tests/e2e/vllm_modes/stale_cache.py"]),
         ("v2,kernels", [ENGINE, "-k", V2]),
+        pytest.param("async", [ENGINE, PROPERTY], marks=pytest.mark.nightly),
         pytest.param("piecewise", [COMPILED], marks=pytest.mark.nightly),
         pytest.param("v2,async", [ENGINE], marks=pytest.mark.nightly),
         pytest.param("kernels", [ENGINE], marks=pytest.mark.nightly),
