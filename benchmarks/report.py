@@ -37,7 +37,8 @@ def serving_overhead() -> str:
     first = results[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     modes = ["compiled" if result["compiled"] else "eager" for result in results]
-    heads = [f"{mode}, {load}" for mode in modes for load in LOADS.values()]
+    columns = [(result, load) for result in results for load in LOADS if load in result]
+    heads = [f"{modes[results.index(result)]}, {LOADS[load]}" for result, load in columns]
     lines = [
         f"Tokens/s relative to plain vLLM (float32, {first['n_features']:,} features, medians of "
         f"{first['rounds']} interleaved rounds; {first['hardware']}; {versions}; {first['date']}):",
@@ -46,13 +47,17 @@ def serving_overhead() -> str:
         "|---|" + "---|" * len(heads),
     ]
     for case, name in CASES.items():
-        cells = [f"{result[load][case]:.2f}" for result in results for load in LOADS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        # A result may be older than a case.
+        if all(case in result[load] for result, load in columns):
+            cells = [f"{result[load][case]:.2f}" for result, load in columns]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     many = [
         f"{result['batch_64']['programs64']:.2f} {mode}"
         for result, mode in zip(results, modes, strict=True)
+        if "batch_64" in result
     ]
-    lines += ["", f"64 requests, each with 4 edits of its own: {', '.join(many)}."]
+    if many:
+        lines += ["", f"64 requests, each with 4 edits of its own: {', '.join(many)}."]
     return "\n".join(lines)
 
 
