@@ -70,7 +70,7 @@ def _edit_to_json(entry: FeatureEdit) -> dict[str, Any]:
         case AddRelative(_, share):
             found["add"] = {"value": share, "unit": str(Unit.RELATIVE_NORM)}
         case Limit():
-            found["limit"] = _plain(entry.edit) | {}
+            found["limit"] = _plain(entry.edit)
             del found["limit"]["feature"]
         case Patch(_, values):
             found["patch"] = {"values": [list(pair) for pair in values]}
