@@ -26,7 +26,7 @@ from steer_server.dictionary.card import Card, Model, config_digest, model_shape
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.edits import AddRelative
 from steer_server.dictionary.features import FeatureStatistics
-from steer_server.dictionary.files import load, save, self_test
+from steer_server.dictionary.files import load, save
 from steer_server.dictionary.site import Site
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.generation import Generation, Sampling
@@ -104,18 +104,12 @@ def make_dictionary(model: Path, folder: Path, name: str, layer: int, width: int
     dictionary = Dictionary.tied(
         torch.nn.functional.normalize(rows, dim=1), torch.full((width,), -14.0)
     )
-    card = Card(
+    card = Card.of(
+        dictionary,
         name=name,
         model=Model(model.name, "", config_digest(shape)),
         site=Site("resid_post", layer),
-        d_model=shape["hidden_size"],
-        n_features=width,
         architecture="tied_relu",
-        activation="relu",
-        input_scale=1.0,
-        center_input=False,
-        dtype="float32",
-        self_test=self_test(dictionary),
     )
     save(folder / name, card, dictionary, FeatureStatistics.zeros(width))
 
@@ -172,7 +166,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
         values = [int(value) for value in points]
         panel.plot(values, list(points.values()), marker="o")
         panel.set_xscale("log", base=2)
-        panel.set_xticks(values, [f"{value:,}" for value in values])
+        panel.set_xticks(values, [f"{v // 1024}k" if v >= 1024 else str(v) for v in values])
         panel.set_xlabel(what)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("extra time, % of the model's")

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -15,50 +16,50 @@ README = ROOT / "README.md"
 
 CASES = {
     "null": "plain vLLM against itself",
+    "serve_idle": "`vllm serve` with the plugin, no program",
     "idle": "no program",
     "edit1": "1 edit on every token",
     "edit16": "16 edits on every token",
     "readout32": "top 32 features of every token",
     "edit16_readout32": "both",
+    "programs64": "4 edits, other ones for each request",
 }
 LOADS = {
     "batch_1": "batch 1",
     "batch_16": "batch 16",
     "prompt_1x512": "prompt of 512",
-    "prompt_4x256": "4 prompts of 256",
+    "prompt_16x32": "16 prompts of 32",
+    "batch_64": "batch 64",
 }
 
 
 def serving_overhead() -> str:
-    """Speed against plain vLLM: a row a case, a column a load, for each mode that has been measured."""
-    files = ("serving_overhead", "serving_overhead_compiled")
-    paths = [RESULTS / f"{name}.json" for name in files]
+    """Speed against plain vLLM: for each mode a table, a row a case and a column a load."""
+    paths = [RESULTS / f"{name}.json" for name in ("serving_overhead", "serving_overhead_compiled")]
     results = [json.loads(path.read_text()) for path in paths if path.exists()]
-    first = results[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    modes = ["compiled" if result["compiled"] else "eager" for result in results]
-    columns = [(result, load) for result in results for load in LOADS if load in result]
-    heads = [f"{modes[results.index(result)]}, {LOADS[load]}" for result, load in columns]
+    return "\n\n".join(map(_overhead, results))
+
+
+def _overhead(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
-        f"Tokens/s relative to plain vLLM (float32, {first['n_features']:,} features, medians of "
-        f"{first['rounds']} interleaved rounds; {first['hardware']}; {versions}; {first['date']}):",
+        f"{'Compiled' if result['compiled'] else 'Eager'} (float32, {result['n_features']:,} features, medians of "
+        f"{result['rounds']} interleaved rounds; {result['hardware']}; {versions}; {result['date']}):",
         "",
-        f"| | {' | '.join(heads)} |",
-        "|---|" + "---|" * len(heads),
+        f"| | {' | '.join(LOADS.values())} |",
+        "|---|" + "---|" * len(LOADS),
     ]
     for case, name in CASES.items():
-        # A result may be older than a case.
-        if all(case in result[load] for result, load in columns):
-            cells = [f"{result[load][case]:.2f}" for result, load in columns]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    many = [
-        f"{result['batch_64']['programs64']:.2f} {mode}"
-        for result, mode in zip(results, modes, strict=True)
-        if "batch_64" in result
-    ]
-    if many:
-        lines += ["", f"64 requests, each with 4 edits of its own: {', '.join(many)}."]
+        cells = [_cell(result[load], case) for load in LOADS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(found: dict[str, Any], case: str) -> str:
+    if case not in found["ratios"]:
+        return ""
+    own = found["without_own_time"].get(case)
+    return f"{found['ratios'][case]:.2f}" + ("" if own is None else f" / {own:.3f}")
 
 
 TABLES = {"serving_overhead": serving_overhead}

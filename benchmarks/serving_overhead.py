@@ -1,8 +1,13 @@
 """What edits and read-outs cost: tokens/s as a ratio to plain vLLM, the same model and settings without the plugin.
 
-Both engines are up at once and take turns, round by round and in alternating order, so that a noisy machine is noisy
-to both. Each figure is the median over rounds of (time of plain vLLM / time of the case): 1.00 is free, 0.95 costs 5 %.
-`null` is plain vLLM against itself in the same way: how far from 1.00 the machine's noise alone goes.
+The engines are up at once and take turns, round by round and in alternating order, so that a noisy machine is noisy
+to both. Each of `ratios` is the median over rounds of (time of plain vLLM / time of the case): 1.00 is free, 0.95 costs
+5 %. `null` is plain vLLM against itself in the same way: how far from 1.00 the machine's noise alone goes. `serve_idle`
+is `vllm serve` with the plugin and a dictionary, and no request that asks for anything.
+
+`without_own_time` is the same quantity by another clock, which noise hardly moves: 1 less the share of the case's time
+in which steer's own code ran, in the engine's process and in the front-end's (see own_time.py, also for what it leaves
+out).
 
     python benchmarks/serving_overhead.py --json build/serving_overhead.json
 
@@ -11,11 +16,13 @@ to both. Each figure is the median over rounds of (time of plain vLLM / time of 
 
 import argparse
 import asyncio
+import os
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import own_time
 from common import add_engine_options, circumstances, measure, parser
 from tqdm import tqdm
 from vllm import SamplingParams
@@ -29,8 +36,9 @@ from steer_server.dictionary.edits import AddRelative
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.generation import Generation, Sampling
 from steer_server.program import FeatureEdit, Program, ReadOut
+from steer_server.vllm_plugin import plugin
 
-PROMPT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS = 32, 1024, 64
+PROMPT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS = 16, 1024, 64
 NAME = "d"
 
 
@@ -40,15 +48,17 @@ class Workload(NamedTuple):
     tokens: int
 
 
-Programs = Sequence[Program]
-"""One for each request, in turn."""
+Case = Sequence[Program] | str
+"""A program for each request, in turn; or which engine runs the requests without any."""
+PLAIN, SERVE = "plain", "serve"
 
 
-def cases() -> dict[str, Programs | None]:
-    """What requests ask for; None is plain vLLM. Edits are on every row, and too small to change what vLLM does."""
+def cases() -> dict[str, Case]:
+    """What requests ask for. Edits are on every row, and too small to change what vLLM does."""
     read_out = (ReadOut(NAME, top_k=32),)
     return {
-        "null": None,
+        "null": PLAIN,
+        "serve_idle": SERVE,
         "idle": [Program()],
         "edit1": [Program(edits(1))],
         "edit16": [Program(edits(16))],
@@ -65,28 +75,28 @@ def edits(count: int, first: int = 0) -> tuple[FeatureEdit, ...]:
 
 LOADS = {
     "batch_1": (Workload(1, PROMPT_TOKENS, 24), cases()),
-    "batch_16": (Workload(16, PROMPT_TOKENS, 24), cases()),
+    "batch_16": (Workload(16, PROMPT_TOKENS, 12), cases()),
     "prompt_1x512": (Workload(1, 512, 1), cases()),
-    "prompt_4x256": (Workload(4, 256, 1), cases()),
+    "prompt_16x32": (Workload(16, 32, 1), cases()),
     "batch_64": (
-        Workload(64, PROMPT_TOKENS, 16),
+        Workload(64, PROMPT_TOKENS, 12),
         # Each request edits other features by other strengths.
-        {"null": None, "programs64": [Program(edits(4, 4 * number)) for number in range(64)]},
+        {"null": PLAIN, "programs64": [Program(edits(4, 4 * number)) for number in range(64)]},
     ),
 }
 
 
 class Bench:
-    """Two engines and a counter that keeps request ids and prompts new, so that no prefix is cached."""
+    """The engines and a counter that keeps request ids and prompts new, so that no prefix is cached."""
 
-    def __init__(self, plain: AsyncLLM, steer: VllmEngine) -> None:
-        self.plain, self.steer, self.count = plain, steer, 0
+    def __init__(self, vllm: dict[str, AsyncLLM], steer: VllmEngine) -> None:
+        self.vllm, self.steer, self.count = vllm, steer, 0
 
     def _prompt(self, length: int) -> list[int]:
         self.count += 1
         return [1000 + (self.count * 7919 + i * 31) % 40000 for i in range(length)]
 
-    async def time_plain(self, load: Workload) -> float:
+    async def time_vllm(self, load: Workload, engine: AsyncLLM) -> float:
         parameters = SamplingParams(
             max_tokens=load.tokens,
             temperature=0.0,
@@ -96,14 +106,14 @@ class Bench:
 
         async def one() -> None:
             prompt = TokensPrompt(prompt_token_ids=self._prompt(load.prompt_tokens))
-            async for _ in self.plain.generate(prompt, parameters, f"p{self.count}"):
+            async for _ in engine.generate(prompt, parameters, f"p{self.count}"):
                 pass
 
         return await _timed([one() for _ in range(load.requests)])
 
-    async def time_case(self, load: Workload, programs: Programs | None) -> float:
-        if programs is None:
-            return await self.time_plain(load)
+    async def time_case(self, load: Workload, case: Case) -> float:
+        if isinstance(case, str):
+            return await self.time_vllm(load, self.vllm[case])
         sampling = Sampling(max_tokens=load.tokens, temperature=0.0, ignore_eos=True)
 
         async def one(program: Program) -> None:
@@ -112,33 +122,47 @@ class Bench:
             async for _ in self.steer.generate(generation):
                 pass
 
-        asked = [programs[number % len(programs)] for number in range(load.requests)]
+        asked = [case[number % len(case)] for number in range(load.requests)]
         return await _timed([one(program) for program in asked])
 
     async def ratios(
-        self, load: Workload, cases: dict[str, Programs | None], rounds: int, bar: tqdm
+        self, load: Workload, cases: dict[str, Case], rounds: int, bar: tqdm
     ) -> dict[str, Any]:
-        found: dict[str, list[float]] = {name: [] for name in cases}
+        ratios: dict[str, list[float]] = {name: [] for name in cases}
+        own: dict[str, list[float]] = {name: [] for name in cases}
         plain_times: list[float] = []
         for number in range(rounds + 1):
             for name in cases if number % 2 else reversed(cases):
                 # Plain vLLM right before or right after each case: what is compared shares its minute.
                 if number % 2:
-                    plain = await self.time_plain(load)
-                    steered = await self.time_case(load, cases[name])
-                else:
-                    steered = await self.time_case(load, cases[name])
-                    plain = await self.time_plain(load)
+                    plain = await self.time_case(load, PLAIN)
+                before = await self._own_time()
+                steered = await self.time_case(load, cases[name])
+                spent = await self._own_time() - before
+                if not number % 2:
+                    plain = await self.time_case(load, PLAIN)
                 if number:
-                    found[name].append(plain / steered)
+                    ratios[name].append(plain / steered)
+                    own[name].append(1 - spent / steered)
                     plain_times.append(plain)
                 bar.update()
         produced = load.requests * (load.tokens if load.tokens > 1 else load.prompt_tokens)
         return {
-            **{name: round(statistics.median(values), 3) for name, values in found.items()},
-            "spread": {name: [round(min(v), 3), round(max(v), 3)] for name, v in found.items()},
+            "ratios": {
+                name: round(statistics.median(values), 3) for name, values in ratios.items()
+            },
+            "spread": {name: [round(min(v), 3), round(max(v), 3)] for name, v in ratios.items()},
+            "without_own_time": {
+                name: round(statistics.median(values), 4)
+                for name, values in own.items()
+                if not isinstance(cases[name], str)
+            },
             "plain_tokens_per_second": round(produced / statistics.median(plain_times), 1),
         }
+
+    async def _own_time(self) -> float:
+        engine = await self.steer._llm.collective_rpc(own_time.seconds)
+        return own_time.seconds() + sum(engine)
 
 
 async def _timed(jobs: Sequence[Any]) -> float:
@@ -158,18 +182,27 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
         enforce_eager=not options.compiled,
         kv_cache_gib=1,
     )
-    steer = await VllmEngine.start(settings)
-    plain = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            model=str(options.model),
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=MAX_NUM_SEQS,
-            dtype="float32",
-            enforce_eager=not options.compiled,
-        )
+    arguments = AsyncEngineArgs(
+        model=str(options.model),
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=MAX_NUM_SEQS,
+        dtype="float32",
+        enforce_eager=not options.compiled,
     )
+    # Functions of `own_time` are sent to the engine's process.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    # vLLM loads the plugin once in a process, so the engine that knows nothing of it comes first.
+    os.environ[plugin.DISABLE] = "1"
+    plain = AsyncLLM.from_engine_args(arguments)
+    del os.environ[plugin.DISABLE]
+    plugin.register()
+    os.environ[plugin.DICTIONARIES] = f"{NAME}={options.dictionary}"
+    serve = AsyncLLM.from_engine_args(arguments)
+    steer = await VllmEngine.start(settings)
     await steer.add_dictionary(NAME, stored)
-    bench = Bench(plain, steer)
+    await steer._llm.collective_rpc(own_time.watch_worker)
+    own_time.watch_frontend()
+    bench = Bench({PLAIN: plain, SERVE: serve}, steer)
     rounds = 2 if options.quick else options.rounds
     loads = {
         name: (load._replace(tokens=min(load.tokens, 8)) if options.quick else load, asked)
@@ -187,12 +220,13 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
             bar.set_description(name)
             result[name] = await bench.ratios(load, asked, rounds, bar)
     plain.shutdown()
+    serve.shutdown()
     await steer.shutdown()
     return result
 
 
 if __name__ == "__main__":
     # vLLM starts its processes by importing this file again.
-    options = parser(__doc__, rounds=7)
+    options = parser(__doc__, rounds=9)
     add_engine_options(options)
     measure(options.parse_args(), main)

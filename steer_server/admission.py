@@ -1,6 +1,7 @@
 """What a request's program must be before it may run, and what of it travels to the worker."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,13 +74,12 @@ def check(program: Program, dictionaries: Dictionaries) -> None:
 def check_scopes(program: Program, prompt_length: int, max_tokens: int) -> None:
     """Each edit of the resolved program may hold at one of the positions that the request computes."""
     rows = prompt_length + max_tokens - 1
-    for index, entry in enumerate(program.edits):
-        # Which tokens come is not known; where they could be, is.
-        if not entry.without_tokens().mask(0, rows, prompt_length).any():
+    for where, indices in program.groups.items():
+        if not where.holds_somewhere(rows, prompt_length):
             raise InvalidRequest(
                 f"holds at none of the positions 0..{rows - 1} that this request computes; "
                 "a default scope leaves out position 0",
-                field=f"edits[{index}].scope",
+                field=f"edits[{indices[0]}].scope",
             )
 
 
@@ -93,10 +93,9 @@ def wire(
                 f"the edits need {needed} slots at {site}, the engine has {slots}; name fewer features",
                 field="edits",
             )
-    features = sorted(
-        (sites.index(dictionaries[name].card.site), name, feature)
-        for name, feature in program.features()
-    )
+    features = program.features()
+    number = {name: sites.index(dictionaries[name].card.site) for name, _ in features}
+    features = sorted((number[name], name, feature) for name, feature in features)
     return {"program": to_json(program), "features": features}
 
 
@@ -120,8 +119,8 @@ def _slots_needed(
 ) -> dict[Site, int]:
     features = set().union(*(program.features() for program in programs))
     needed = dict.fromkeys(sites, 0)
-    for name, _ in features:
-        needed[dictionaries[name].card.site] += 1
+    for name, count in Counter(name for name, _ in features).items():
+        needed[dictionaries[name].card.site] += count
     return needed
 
 

@@ -4,6 +4,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +51,10 @@ class Scope:
     def resolve(self, prompt_length: int, *, field: str = "scope") -> "Scope":
         """The same with absolute positions; InvalidRequest for one before the prompt's start."""
 
+        ends = [end for window in self.windows for end in window if end is not None]
+        if min((*self.positions, *self.exclude_positions, *ends), default=0) >= 0:
+            return self
+
         def absolute(position: int, where: str) -> int:
             if position < -prompt_length:
                 raise InvalidRequest(
@@ -68,28 +75,63 @@ class Scope:
             ),
         )
 
-    def mask(
-        self, start: int, stop: int, prompt_length: int, token_ids: Sequence[int] = ()
-    ) -> NDArray[np.bool_]:
-        """Whether it holds at each position of [start, stop), whose tokens are `token_ids`."""
-        position = np.arange(start, stop)
-        held = np.where(position < prompt_length, self.prompt, self.generated)
-        if self.positions or self.windows:
-            listed = np.isin(position, list(self.positions))
-            for first, end in self.windows:
-                listed |= (position >= first) & (True if end is None else position < end)
-            held &= listed
-        if self.token_ids:
-            held &= np.isin(token_ids, list(self.token_ids))
-        if self.exclude_token_ids:
-            held &= ~np.isin(token_ids, list(self.exclude_token_ids))
-        return held & ~np.isin(position, list(self.exclude_positions))
+    def holds(self, position: int, prompt_length: int, token: int) -> bool:
+        """Whether it holds at the position, where the model reads `token`; once resolved."""
+        if not (self.prompt if position < prompt_length else self.generated):
+            return False
+        if position in self.exclude_positions or token in self.exclude_token_ids:
+            return False
+        if self.token_ids and token not in self.token_ids:
+            return False
+        listed = position in self.positions or not (self.positions or self.windows)
+        return listed or any(
+            first <= position and (end is None or position < end) for first, end in self.windows
+        )
+
+
+class Where(NamedTuple):
+    """Where an edit is to run, its condition aside. Positions are absolute."""
+
+    scope: Scope
+    patched: frozenset[int] | None
+    """The positions of a Patch; None: it is another edit."""
+
+    def holds(self, position: int, prompt_length: int, token: int) -> bool:
+        """Whether it runs at the position, where the model reads `token`."""
+        here = self.patched is None or position in self.patched
+        return here and self.scope.holds(position, prompt_length, token)
+
+    def holds_somewhere(self, rows: int, prompt_length: int) -> bool:
+        """Whether it may run at one of the positions 0..rows - 1, whatever tokens come."""
+        free = replace(self.scope, token_ids=frozenset(), exclude_token_ids=frozenset())
+        where = self._replace(scope=free)
+        starts = {0, prompt_length, *self.edges()}
+        return any(where.holds(p, prompt_length, -1) for p in starts if 0 <= p < rows)
 
     def edges(self) -> set[int]:
-        """The positions where, but for tokens and the prompt's end, it may begin or cease to hold."""
-        single = self.positions | self.exclude_positions
-        ends = {end for window in self.windows for end in window if end is not None}
+        """The positions where, but for tokens and the prompt's end, it may begin or cease to hold.
+
+        Each position of a Patch stands alone, since each has its own value.
+        """
+        scope = self.scope
+        single = scope.positions | scope.exclude_positions | (self.patched or frozenset())
+        ends = {end for window in scope.windows for end in window if end is not None}
         return {*single, *(position + 1 for position in single), *ends}
+
+    def mask(
+        self, start: int, stop: int, prompt_length: int, token_ids: Sequence[int]
+    ) -> NDArray[np.bool_]:
+        """Whether it runs at each position of [start, stop), whose tokens are `token_ids`."""
+        if self.scope.reads_tokens:
+            cuts = range(start, stop + 1)
+        else:
+            edges = {prompt_length, *self.edges()}
+            cuts = sorted({start, stop, *(edge for edge in edges if start < edge < stop)})
+        found = np.zeros(stop - start, bool)
+        for first, last in pairwise(cuts):
+            held = self.holds(first, prompt_length, token_ids[first - start])
+            found[first - start : last - start] = held
+        return found
 
 
 @dataclass(frozen=True)
@@ -116,34 +158,21 @@ class FeatureEdit:
     def resolve(self, prompt_length: int, *, field: str = "edit") -> "FeatureEdit":
         """The same with absolute positions, as `Scope.resolve`."""
         edit = self.edit
+        scope = self.scope.resolve(prompt_length, field=f"{field}.scope")
+        if scope is self.scope and not isinstance(edit, Patch):
+            return self
         if isinstance(edit, Patch):
             listed = Scope(positions=frozenset(position for position, _ in edit.values))
             listed.resolve(prompt_length, field=f"{field}.patch")
             values = ((p if p >= 0 else prompt_length + p, value) for p, value in edit.values)
             edit = Patch(edit.feature, tuple(sorted(values)))
-        scope = self.scope.resolve(prompt_length, field=f"{field}.scope")
         return replace(self, edit=edit, scope=scope)
 
-    def without_tokens(self) -> "FeatureEdit":
-        """The same wherever a token it names might come."""
-        free = replace(self.scope, token_ids=frozenset(), exclude_token_ids=frozenset())
-        return replace(self, scope=free)
-
-    def mask(
-        self, start: int, stop: int, prompt_length: int, token_ids: Sequence[int] = ()
-    ) -> NDArray[np.bool_]:
-        """Whether it is to run at each position of [start, stop), its condition aside."""
-        held = self.scope.mask(start, stop, prompt_length, token_ids)
-        if isinstance(self.edit, Patch):
-            held &= np.isin(np.arange(start, stop), [position for position, _ in self.edit.values])
-        return held
-
-    def edges(self) -> set[int]:
-        """As `Scope.edges`; each position of a Patch stands alone, since each has its own value."""
-        found = self.scope.edges()
-        if isinstance(self.edit, Patch):
-            found |= {position + offset for position, _ in self.edit.values for offset in (0, 1)}
-        return found
+    @property
+    def where(self) -> Where:
+        """Where it is to run, once resolved."""
+        patch = self.edit.values if isinstance(self.edit, Patch) else None
+        return Where(self.scope, None if patch is None else frozenset(p for p, _ in patch))
 
     def features(self) -> set[tuple[str, int]]:
         """(dictionary, feature) of all whose activation it needs."""
@@ -187,13 +216,36 @@ class Program:
     edits: tuple[FeatureEdit, ...] = ()
     read_outs: tuple[ReadOut, ...] = ()
 
+    @cached_property
+    def groups(self) -> dict[Where, list[int]]:
+        """The indices of its edits by where they run; most edits of a program run at the same places."""
+        found: dict[Where, list[int]] = {}
+        for index, entry in enumerate(self.edits):
+            found.setdefault(entry.where, []).append(index)
+        return found
+
+    @cached_property
+    def edges(self) -> set[int]:
+        """As `Where.edges`, of all its edits."""
+        return set().union(*(where.edges() for where in self.groups))
+
+    @cached_property
+    def reads_tokens(self) -> bool:
+        """Whether where its edits run depends on which token is at a position."""
+        return any(where.scope.reads_tokens for where in self.groups)
+
+    @cached_property
+    def patches(self) -> bool:
+        """Whether some edit has a value for each position."""
+        return any(where.patched is not None for where in self.groups)
+
     def resolve(self, prompt_length: int) -> "Program":
         """The same with absolute positions; InvalidRequest names one that lies before the prompt."""
-        edits = (
+        edits = tuple(
             entry.resolve(prompt_length, field=f"edits[{index}]")
             for index, entry in enumerate(self.edits)
         )
-        return replace(self, edits=tuple(edits))
+        return replace(self, edits=edits)
 
     def features(self) -> set[tuple[str, int]]:
         """(dictionary, feature) of all that its edits need at hand in the worker."""
@@ -210,22 +262,29 @@ class Program:
         """
         if not self.edits and not nonce:
             return None
-        canonical = sorted(_canonical(entry, hashes) for entry in self.edits)
-        phases = any(entry.scope.reads_phase for entry in self.edits)
+        scopes = {where: _canonical_scope(where.scope) for where in self.groups}
+        canonical = sorted(
+            [*_canonical(entry, hashes), scopes[where]]
+            for where, indices in self.groups.items()
+            for entry in map(self.edits.__getitem__, indices)
+        )
+        phases = any(where.scope.reads_phase for where in self.groups)
         content = [canonical, prompt_length if phases else None, nonce]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _canonical(entry: FeatureEdit, hashes: Mapping[str, str]) -> str:
-    scope, when = entry.scope, entry.when
+def _canonical(entry: FeatureEdit, hashes: Mapping[str, str]) -> list[str]:
+    """Of texts only, so that any two can be put in order."""
+    when = entry.when
+    condition = "" if when is None else f"{hashes[when.dictionary]} {when.feature} {when.above!r}"
+    return [hashes[entry.dictionary], repr(entry.edit), condition]
+
+
+def _canonical_scope(scope: Scope) -> str:
     return json.dumps(
         [
-            hashes[entry.dictionary],
-            type(entry.edit).__name__,
-            sorted(vars(entry.edit).items()),
             [scope.prompt, scope.generated, sorted(scope.windows, key=str)],
             [sorted(scope.positions), sorted(scope.token_ids)],
             [sorted(scope.exclude_positions), sorted(scope.exclude_token_ids)],
-            None if when is None else [hashes[when.dictionary], when.feature, when.above],
         ]
     )

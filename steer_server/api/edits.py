@@ -47,7 +47,7 @@ def check_scopes(
     """Each edit holds at one of the positions that the generation computes, or is refused."""
     rows = prompt_length + max_tokens - 1
     for index, entry in enumerate(edits):
-        if not entry.scope.mask(0, rows, prompt_length).any():
+        if not entry.where.holds_somewhere(rows, prompt_length):
             raise InvalidRequest(
                 f"holds at none of the positions 0..{rows - 1} that this request computes; "
                 "a default scope leaves out position 0",

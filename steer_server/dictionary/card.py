@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.site import Site
 from steer_server.errors import CorruptDictionary
 
@@ -70,11 +71,11 @@ class Quality:
 class SelfTest:
     """One vector with its activations and reconstruction, as the writer computed them in float32."""
 
-    x: tuple[float, ...]
-    features: tuple[int, ...]
+    x: tuple[float, ...] = ()
+    features: tuple[int, ...] = ()
     """Indices of the non-zero activations."""
-    activations: tuple[float, ...]
-    reconstruction: tuple[float, ...]
+    activations: tuple[float, ...] = ()
+    reconstruction: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Card:
     input_scale: float
     center_input: bool
     dtype: str
-    self_test: SelfTest
+    self_test: SelfTest = SelfTest()
+    """Made when the dictionary is saved."""
     k: int = 0
     """Active features per token of a TopK dictionary; 0 for all others."""
     quality: Quality | None = None
@@ -105,6 +107,34 @@ class Card:
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of every other file of the folder."""
     format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def of(
+        cls,
+        dictionary: Dictionary,
+        *,
+        name: str,
+        model: Model,
+        site: Site,
+        architecture: str,
+        dtype: str = "float32",
+        **rest: Any,
+    ) -> "Card":
+        """The card of `dictionary`, with what the dictionary itself says; `rest` are fields by name."""
+        return cls(
+            name,
+            model,
+            site,
+            dictionary.d_model,
+            dictionary.n_features,
+            architecture,
+            str(dictionary.activation),
+            dictionary.input_scale,
+            dictionary.center_input,
+            dtype,
+            k=dictionary.k,
+            **rest,
+        )
 
     @property
     def sha256(self) -> str:

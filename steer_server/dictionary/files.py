@@ -72,9 +72,7 @@ def save(
             lines = "".join(entry.to_json() + "\n" for entry in evidence)
             (fresh / EVIDENCE).write_text(lines, encoding="utf-8")
         hashes = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
-        card = replace(
-            card, files=hashes, k=dictionary.k, self_test=self_test(stored.to(torch.float32))
-        )
+        card = replace(card, files=hashes, self_test=self_test(stored.to(torch.float32)))
         (fresh / CARD).write_text(card.to_json(), encoding="utf-8")
         fresh.chmod(0o755)
         for path in fresh.iterdir():

@@ -12,28 +12,47 @@ from steer_server.program import Program
 from steer_server.vllm_plugin.report import EditTally, StepResult
 from steer_server.vllm_plugin.site_edits import MAX_RELATIVE_SIZE
 
+_TALLIES_AT_ONCE = 512
+
 
 class _Totals:
-    """Of the edits of one revision."""
+    """Of the edits of one revision; tallies come with every token, and are added up many at a time."""
 
     def __init__(self, edits: int) -> None:
-        self.rows = np.zeros(edits, np.int64)
-        self.changed = np.zeros(edits, np.int64)
-        self.size = np.zeros(edits)
-        self.largest = np.zeros(edits)
+        self._rows = np.zeros(edits, np.int64)
+        self._changed = np.zeros(edits, np.int64)
+        self._size = np.zeros(edits)
+        self._largest = np.zeros(edits)
+        self._tallies: list[EditTally] = []
 
     def enter(self, tally: EditTally) -> None:
-        self.rows[tally.edits] += tally.rows
-        self.changed[tally.edits] += tally.changed
-        self.size[tally.edits] += tally.total_size
-        self.largest[tally.edits] = np.maximum(self.largest[tally.edits], tally.max_size)
+        self._tallies.append(tally)
+        if len(self._tallies) >= _TALLIES_AT_ONCE:
+            self._add_up()
 
-    def report(self, revision: int, edit: int) -> EditReport:
-        rows = int(self.rows[edit])
-        mean = float(self.size[edit]) / rows if rows else 0.0
-        return EditReport(
-            revision, edit, rows, int(self.changed[edit]), mean, float(self.largest[edit])
-        )
+    def reports(self, revision: int) -> list[EditReport]:
+        """By edit."""
+        self._add_up()
+        mean = self._size / np.maximum(self._rows, 1)
+        columns = self._rows, self._changed, mean, self._largest
+        return [
+            EditReport(revision, edit, *numbers)
+            for edit, numbers in enumerate(zip(*(c.tolist() for c in columns), strict=True))
+        ]
+
+    def _add_up(self) -> None:
+        if not self._tallies:
+            return
+        counts = [len(tally.edits) for tally in self._tallies]
+        edits = np.concatenate([tally.edits for tally in self._tallies])
+        np.add.at(self._rows, edits, np.repeat([tally.rows for tally in self._tallies], counts))
+        for total, add, name in (
+            (self._changed, np.add, "changed"),
+            (self._size, np.add, "total_size"),
+            (self._largest, np.maximum, "max_size"),
+        ):
+            add.at(total, edits, np.concatenate([getattr(t, name) for t in self._tallies]))
+        self._tallies.clear()
 
 
 @dataclass(eq=False)
@@ -100,8 +119,8 @@ class Account:
             first = self.starts[revision] or 0
             stop = last_row if following is None else min(last_row, self.starts[following] or 0)
             expected = self._expected(revision, first, stop)
-            for index, rows in enumerate(expected):
-                report = self._of(revision).report(revision, index)
+            found = self._of(revision).reports(revision)
+            for index, (rows, report) in enumerate(zip(expected, found, strict=True)):
                 if report.tokens_in_scope < rows:
                     raise EditNotApplied(
                         f"edit {index} of revision {revision} ran on {report.tokens_in_scope} tokens, "
@@ -116,15 +135,15 @@ class Account:
         for start, end in self._skipped:
             computed[max(0, start - first) : max(0, end - first)] = False
         ids = [*self.prompt_token_ids, *self.token_ids][first:stop]
-        counted: dict[object, int] = {}
-        expected = []
-        for entry in self.programs[revision].edits:
-            key = (entry.scope, getattr(entry.edit, "values", None))
-            if key not in counted:
-                mask = entry.mask(first, max(first, stop), self.prompt_length, ids)
-                counted[key] = int((mask & computed).sum())
-            expected.append(counted[key])
+        program = self.programs[revision]
+        expected = [0] * len(program.edits)
+        for where, indices in program.groups.items():
+            mask = where.mask(first, max(first, stop), self.prompt_length, ids)
+            for index in indices:
+                expected[index] = int((mask & computed).sum())
         return expected
 
     def _of(self, revision: int) -> _Totals:
-        return self._totals.setdefault(revision, _Totals(len(self.programs[revision].edits)))
+        if revision not in self._totals:
+            self._totals[revision] = _Totals(len(self.programs[revision].edits))
+        return self._totals[revision]

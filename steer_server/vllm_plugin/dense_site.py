@@ -91,7 +91,7 @@ class _Plan:
     def apply(self, x: Tensor, hidden: Tensor) -> Outcome:
         """Adds the edits' delta to `hidden`; `x` are the batch rows before any edit, in float32."""
         x = x[self._rows]
-        x_norm = x.norm(dim=-1, keepdim=True)
+        x_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         f = self._features.encode(x)
         for resident, columns, features in self._chosen:
             f[:, columns] = resident.encode(x)[:, features]
@@ -105,7 +105,8 @@ class _Plan:
         if not self._uniform:
             spread = torch.zeros_like(f).scatter_add_(1, self._column, change)
         delta = spread @ self._features.decoder
-        applied = delta.norm(dim=-1, keepdim=True) <= MAX_RELATIVE_SIZE * x_norm
+        size = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
+        applied = size <= MAX_RELATIVE_SIZE * x_norm
         if hidden.dtype == torch.float32:
             self._add(hidden, torch.where(applied, delta, 0.0))
         else:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from steer_server.dictionary.edits import coefficients
 from steer_server.program import Program
+from steer_server.vllm_plugin.bank import Slots
 from steer_server.vllm_plugin.readout import Reading, Want, readings
 from steer_server.vllm_plugin.requests import FOREVER, RequestState, Segment, Tokens
 from steer_server.vllm_plugin.residents import Resident, Residents
@@ -115,23 +116,30 @@ def _add_runs(
     fresh: bool,
     residents: Residents,
 ) -> None:
-    program = state.programs[segment.revision]
-    by_site: dict[int, list[int]] = {}
-    for index in segment.edits:
-        resident = residents.get(program.edits[index].dictionary)
-        if resident is not None:
-            by_site.setdefault(resident.site, []).append(index)
-    for site, indices in by_site.items():
-        entries = _entries(program, indices, segment.start, site, residents)
+    for site, entries in _entries(state, segment, residents).items():
         first, last = segment.start + shift, segment.stop + shift
         run = Run(request, first, last, segment.revision, entries, fresh)
         runs.setdefault(site, []).append(run)
 
 
-def _entries(
-    program: Program, indices: Sequence[int], position: int, site: int, residents: Residents
-) -> Entries:
-    slots = residents.banks[site].slots
+def _entries(state: RequestState, segment: Segment, residents: Residents) -> Mapping[int, Entries]:
+    """By site number. Made once: a request keeps its slots, and most of its layouts have the same edits."""
+    program = state.programs[segment.revision]
+    key = segment.revision, segment.edits, segment.start if program.patches else 0
+    if key not in state.entries:
+        by_site: dict[int, list[int]] = {}
+        for index in segment.edits:
+            resident = residents.get(program.edits[index].dictionary)
+            if resident is not None:
+                by_site.setdefault(resident.site, []).append(index)
+        state.entries[key] = {
+            site: _of_site(program, indices, segment.start, residents.banks[site].slots)
+            for site, indices in by_site.items()
+        }
+    return state.entries[key]
+
+
+def _of_site(program: Program, indices: Sequence[int], position: int, slots: Slots) -> Entries:
     edits = [program.edits[index] for index in indices]
     own = [slots[entry.dictionary, entry.edit.feature] for entry in edits]
     when = [

@@ -1,16 +1,13 @@
 """What a worker knows of each running request with a program."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from steer_server.dictionary.edits import Patch
 from steer_server.program import Program
 from steer_server.vllm_plugin.report import RevisionStart
+from steer_server.vllm_plugin.site_edits import Entries
 
 Tokens = Callable[[int, int], Sequence[int]]
 """The ids of a request's tokens at positions [start, stop)."""
@@ -44,6 +41,10 @@ class RequestState:
     """Rows below this position have been computed, counted and reported."""
     waiting: list[Program] = field(default_factory=list)
     """Updates that came since the last step."""
+    entries: dict[tuple[int, tuple[int, ...], int], Mapping[int, Entries]] = field(
+        default_factory=dict
+    )
+    """The edits of segments as the sites want them; kept by `layout`."""
 
     def begin(self, start: int) -> tuple[list[RevisionStart], list[tuple[int, int]]]:
         """A step computes this request's rows from `start` on: waiting updates take hold here.
@@ -74,29 +75,30 @@ class RequestState:
     def steady_until(self, position: int) -> int:
         """The first position after `position` where other edits or read-outs hold, by the last revision."""
         program = self.programs[-1]
-        if any(entry.scope.reads_tokens for entry in program.edits):
+        if program.reads_tokens:
             return position + 1
-        edges = {self.prompt_length}.union(*(entry.edges() for entry in program.edits))
+        edges = {self.prompt_length, *program.edges}
         return min((edge for edge in edges if edge > position), default=FOREVER)
 
     def _cut(self, revision: int, start: int, stop: int, tokens: Tokens) -> list[Segment]:
-        edits = self.programs[revision].edits
-        reads = any(entry.scope.reads_tokens for entry in edits)
-        ids = tokens(start, stop) if reads else ()
-        # Most edits of a program share their scope, and a mask costs more than a look-up.
-        masks: dict[object, NDArray[np.bool_]] = {}
-        rows = []
-        cuts = {start, stop}
-        for entry in edits:
-            patched = entry.edit if isinstance(entry.edit, Patch) else None
-            key = (entry.scope, patched)
-            if key not in masks:
-                masks[key] = entry.mask(start, stop, self.prompt_length, ids)
-                cuts |= set((np.flatnonzero(np.diff(masks[key])) + start + 1).tolist())
-            if patched:
-                cuts |= {edge for edge in entry.edges() if start < edge < stop}
-            rows.append(masks[key])
-        return [
-            Segment(a, b, revision, tuple(i for i, row in enumerate(rows) if row[a - start]))
-            for a, b in pairwise(sorted(cuts))
-        ]
+        program = self.programs[revision]
+        if program.reads_tokens:
+            cuts, ids = range(start, stop + 1), tokens(start, stop)
+        else:
+            edges = {self.prompt_length, *program.edges}
+            cuts = sorted({start, stop, *(edge for edge in edges if start < edge < stop)})
+            ids = (-1,) * (stop - start)
+        found: list[Segment] = []
+        for first, last in pairwise(cuts):
+            token = ids[first - start]
+            held = [
+                indices
+                for where, indices in program.groups.items()
+                if where.holds(first, self.prompt_length, token)
+            ]
+            edits = tuple(sorted(chain(*held)))
+            if found and found[-1].edits == edits and not program.patches:
+                found[-1] = found[-1]._replace(stop=last)
+            else:
+                found.append(Segment(first, last, revision, edits))
+        return found

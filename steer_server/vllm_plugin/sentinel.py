@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from steer_server.dictionary.card import Card, Model, SelfTest
+from steer_server.dictionary.card import Card, Model
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.files import WEIGHTS, StoredDictionary
@@ -15,18 +15,12 @@ def sentinel(site: Site, d_model: int) -> StoredDictionary:
     """A dictionary of one fixed random direction of unit length; the same in every process."""
     vector = torch.randn(1, d_model, generator=torch.Generator().manual_seed(0))
     dictionary = Dictionary.directions(torch.nn.functional.normalize(vector))
-    card = Card(
+    card = Card.of(
+        dictionary,
         name=f"self-test.{site}",
         model=Model("", "", ""),
         site=site,
-        d_model=d_model,
-        n_features=1,
         architecture="directions",
-        activation=str(dictionary.activation),
-        input_scale=1.0,
-        center_input=False,
-        dtype="float32",
-        self_test=SelfTest((), (), (), ()),
         files={WEIGHTS: "self-test"},
     )
     return StoredDictionary(Path(), card, dictionary, FeatureStatistics.zeros(1), {})

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,22 +120,37 @@ class SiteEdits:
 
         The outcome is on the host.
         """
-        size = (outcome.change.abs() * (outcome.decoder_norm / outcome.x_norm)).numpy()
-        changed = (outcome.change != 0).numpy()
-        starts, fresh, valid = self._starts, self._fresh, self._valid
+        change, x_norm, decoder_norm, applied = (tensor.numpy() for tensor in outcome)
+        changed: NDArray[np.uint32] = (change != 0).astype(np.uint32)
+        total = np.asarray(np.abs(change) * (decoder_norm / x_norm), np.float32)
+        largest = total
+        if not self._single:
+            changed = np.add.reduceat(changed, self._starts, axis=0, dtype=np.uint32)
+            largest = np.maximum.reduceat(total, self._starts, axis=0)
+            total = np.add.reduceat(total, self._starts, axis=0)
         block = EditBlock(
-            *self._fixed,
-            np.add.reduceat(changed, starts, axis=0, dtype=np.uint32)[fresh][valid],
-            np.add.reduceat(size, starts, axis=0)[fresh][valid],
-            np.maximum.reduceat(size, starts, axis=0)[fresh][valid],
+            *self._fixed, self._reported(changed), self._reported(total), self._reported(largest)
         )
-        applied = outcome.applied.numpy()[:, 0]
         if applied.all():
             return block, []
-        held = np.logical_and.reduceat(applied, starts)
+        held = np.logical_and.reduceat(applied[:, 0], self._starts)
         return block, sorted(
             {run.request for run, fine in zip(self.runs, held, strict=True) if not fine}
         )
+
+    def _reported(self, table: NDArray[Any]) -> NDArray[Any]:
+        """What of [runs, entries] belongs to entries that are there, of runs that were not counted before."""
+        return (table if self._whole else table[self._fresh][self._valid]).ravel()
+
+    @cached_property
+    def _single(self) -> bool:
+        """Whether each run is one row."""
+        return bool((self.lengths == 1).all())
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether every run is reported, and has as many entries as the table is wide."""
+        return len(self._fresh) == len(self.runs) and bool(self._valid.all())
 
     @cached_property
     def _starts(self) -> NDArray[np.intp]:

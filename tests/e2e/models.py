@@ -11,13 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
-
-from steer_server.dictionary.card import Card, Model, config_digest, model_shape
-from steer_server.dictionary.dictionary import Dictionary
-from steer_server.dictionary.features import FeatureStatistics
-from steer_server.dictionary.files import StoredDictionary, load, save, self_test
-from steer_server.dictionary.site import Site
+from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 LAYERS = 4
@@ -48,34 +42,6 @@ def make_tiny_llama(folder: Path, tokenizer: Path) -> Path:
 def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         shutil.copy(source / name, folder / name)
-
-
-def make_dictionary(
-    model: Path, site: Site, folder: Path, name: str = "random"
-) -> StoredDictionary:
-    """Random unit rows, four per dimension of the model; some fifth of them is active on a token of a tiny model."""
-    config = model_shape(AutoConfig.from_pretrained(model))
-    generator = torch.Generator().manual_seed(site.layer)
-    n_features = 4 * config["hidden_size"]
-    rows = torch.randn(n_features, config["hidden_size"], generator=generator)
-    dictionary = Dictionary.tied(
-        torch.nn.functional.normalize(rows, dim=1), torch.full((n_features,), -1.0)
-    )
-    card = Card(
-        name=name,
-        model=Model(model.name, "", config_digest(config)),
-        site=site,
-        d_model=config["hidden_size"],
-        n_features=n_features,
-        architecture="tied_relu",
-        activation="relu",
-        input_scale=1.0,
-        center_input=False,
-        dtype="float32",
-        self_test=self_test(dictionary),
-    )
-    save(folder, card, dictionary, FeatureStatistics.zeros(n_features))
-    return load(folder, config)
 
 
 def make_lora(model: Path, folder: Path, rank: int = 8) -> tuple[Path, dict[str, Tensor]]:

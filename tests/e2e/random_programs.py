@@ -13,7 +13,7 @@ from steer_server.dictionary.card import Card, Model, config_digest, model_shape
 from steer_server.dictionary.dictionary import Activation, Dictionary
 from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Edit, Limit, Patch, Scale
 from steer_server.dictionary.features import FeatureStatistics
-from steer_server.dictionary.files import StoredDictionary, load, save, self_test
+from steer_server.dictionary.files import StoredDictionary, load, save
 from steer_server.dictionary.site import Site
 from steer_server.program import Condition, FeatureEdit, Program, ReadOut, Scope
 from tests.e2e.multi_reference import holds
@@ -35,18 +35,12 @@ def make_dictionaries(model: Path, folder: Path) -> dict[str, StoredDictionary]:
     stored = {}
     for seed, (name, (site, architecture, make)) in enumerate(made.items()):
         dictionary = make(_Normal(seed, shape["hidden_size"]))
-        card = Card(
+        card = Card.of(
+            dictionary,
             name=name,
             model=Model(model.name, "", config_digest(shape)),
             site=Site.parse(site),
-            d_model=dictionary.d_model,
-            n_features=N_FEATURES,
             architecture=architecture,
-            activation=str(dictionary.activation),
-            input_scale=dictionary.input_scale,
-            center_input=dictionary.center_input,
-            dtype="float32",
-            self_test=self_test(dictionary),
         )
         save(folder / name, card, dictionary, FeatureStatistics.zeros(N_FEATURES))
         stored[name] = load(folder / name, shape)

@@ -10,9 +10,10 @@ from vllm.lora.request import LoRARequest
 from steer_server.dictionary.edits import Ablate, AddRelative
 from steer_server.dictionary.site import Site
 from steer_server.engine import EngineSettings, VllmEngine
+from tests.dictionaries import make_dictionary
 from tests.e2e.engines import started
 from tests.e2e.helpers import IOI, program
-from tests.e2e.models import make_dictionary, make_lora, make_tiny_llama, make_with
+from tests.e2e.models import make_lora, make_tiny_llama, make_with
 from tests.e2e.raw import run_raw
 from tests.e2e.reference import Reference
 from tests.e2e.test_engine import from_one

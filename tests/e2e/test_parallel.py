@@ -12,9 +12,10 @@ from steer_server.dictionary.site import Site
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.generation import Generation, Sampling
 from steer_server.program import FeatureEdit, Program, ReadOut
+from tests.dictionaries import make_dictionary
 from tests.e2e.engines import started
 from tests.e2e.helpers import TEXTS, run
-from tests.e2e.models import LAYERS, make_dictionary, make_tiny_llama
+from tests.e2e.models import LAYERS, make_tiny_llama
 from tests.e2e.reference import Reference
 from tests.e2e.test_engine import assert_same, from_one
 

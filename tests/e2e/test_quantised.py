@@ -10,10 +10,10 @@ from steer_server.dictionary.edits import Ablate, AddRelative
 from steer_server.dictionary.site import Site
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.program import FeatureEdit, Program, ReadOut
+from tests.dictionaries import make_dictionary
 from tests.e2e.engines import started
 from tests.e2e.helpers import TEXTS, run
 from tests.e2e.models import (
-    make_dictionary,
     make_int8,
     make_tiny_llama,
     make_with,

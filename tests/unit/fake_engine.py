@@ -153,7 +153,7 @@ class FakeEngine:
             count = state.counts.setdefault((state.revision, index), [0, 0, 0.0, 0.0])
             for row, position in enumerate(positions):
                 length = len(state.generation.prompt_token_ids)
-                if entry.scope.mask(position, position + 1, length)[0]:
+                if entry.where.holds(position, length, token=-1):
                     size = float(delta[row].norm() / x[row].norm())
                     edited[row] += delta[row]
                     count[0] += 1

@@ -23,7 +23,7 @@ from steer_server.api.server import Server
 from steer_server.dictionary.card import Card, Model, Quality
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import Evidence, Example, FeatureStatistics
-from steer_server.dictionary.files import StoredDictionary, load, save, self_test
+from steer_server.dictionary.files import StoredDictionary, load, save
 from steer_server.dictionary.site import Site
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
@@ -36,18 +36,12 @@ INPUT_SCALE = 0.5
 
 
 def card_for(dictionary: Dictionary, name: str = NAME) -> Card:
-    return Card(
+    return Card.of(
+        dictionary,
         name=name,
         model=Model("fake", "", "0"),
         site=Site.parse("resid_post.1"),
-        d_model=D_MODEL,
-        n_features=N_FEATURES,
         architecture="tied_relu",
-        activation="relu",
-        input_scale=dictionary.input_scale,
-        center_input=False,
-        dtype="float32",
-        self_test=self_test(dictionary),
         quality=Quality(1000, 12.0, 0.1, 0.02, 0.0, 0.5),
     )
 

@@ -22,18 +22,13 @@ CONFIG = {"model_type": "llama", "hidden_size": D_MODEL, "num_hidden_layers": 4,
 
 
 def card_of(dictionary: Dictionary, dtype: str = "float32") -> Card:
-    return Card(
+    return Card.of(
+        dictionary,
         name="test",
         model=Model("tiny", "1", config_digest(CONFIG)),
         site=Site("resid_post", 2),
-        d_model=dictionary.d_model,
-        n_features=dictionary.n_features,
         architecture="relu",
-        activation=dictionary.activation,
-        input_scale=dictionary.input_scale,
-        center_input=dictionary.center_input,
         dtype=dtype,
-        self_test=files.self_test(dictionary),
         quality=Quality(100, 3.0, 0.2, 0.1, 0.0, 0.5),
         training={"seed": 0},
     )

@@ -59,19 +59,32 @@ def by_definition(scope: Scope, position: int, token: int) -> bool:
 
 @given(scopes(), st.integers(0, 10), st.lists(st.integers(0, 3), min_size=5, max_size=5))
 def test_a_scope_holds_where_its_parts_say(scope: Scope, start: int, tokens: list[int]) -> None:
-    mask = scope.resolve(LENGTH).mask(start, start + 5, LENGTH, tokens)
+    entry = FeatureEdit(NAME, Ablate(1), scope).resolve(LENGTH)
+    mask = entry.where.mask(start, start + 5, LENGTH, tokens)
 
     expected = [by_definition(scope, start + i, token) for i, token in enumerate(tokens)]
     assert mask.tolist() == expected
 
 
 @given(scopes())
-def test_between_edges_a_scope_without_tokens_does_not_change(scope: Scope) -> None:
-    free = FeatureEdit(NAME, Ablate(1), scope).without_tokens().resolve(LENGTH)
-    mask = free.mask(0, 30, LENGTH)
+def test_between_edges_a_scope_does_not_change_with_the_position(scope: Scope) -> None:
+    where = FeatureEdit(NAME, Ablate(1), scope).resolve(LENGTH).where
+    held = [where.holds(position, LENGTH, token=1) for position in range(30)]
 
-    changes = set((np.flatnonzero(np.diff(mask)) + 1).tolist())
-    assert changes <= free.edges() | {LENGTH}
+    changes = set((np.flatnonzero(np.diff(held)) + 1).tolist())
+    assert changes <= where.edges() | {LENGTH}
+
+
+@given(scopes())
+def test_it_may_hold_somewhere_if_some_token_would_let_it(scope: Scope) -> None:
+    where = FeatureEdit(NAME, Ablate(1), scope).resolve(LENGTH).where
+    # Scopes name tokens up to 3: 4 is in no list of excluded ones.
+    tokens = scope.token_ids - scope.exclude_token_ids or {4}
+    held = [where.holds(p, LENGTH, token) for p in range(9) for token in tokens]
+
+    assert any(held) <= where.holds_somewhere(9, LENGTH)
+    if not scope.token_ids <= scope.exclude_token_ids or not scope.token_ids:
+        assert any(held) == where.holds_somewhere(9, LENGTH)
 
 
 def test_a_position_before_the_prompt_is_refused_by_its_path() -> None:

@@ -68,18 +68,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
     for seed, architecture in enumerate(ARCHITECTURES):
         name, number = NAMES[seed], seed % 2
         made = dictionary(seed, architecture).to(torch.float32)
-        card = Card(
-            name,
-            Model("m", "", ""),
-            SITES[number],
-            D_MODEL,
-            N_FEATURES,
-            architecture,
-            str(made.activation),
-            made.input_scale,
-            made.center_input,
-            "float32",
-            files.self_test(made),
+        card = Card.of(
+            made,
+            name=name,
+            model=Model("m", "", ""),
+            site=SITES[number],
+            architecture=architecture,
         )
         folder = tmp_path_factory.mktemp("runtime") / name
         card = files.save(folder, card, made, FeatureStatistics.zeros(N_FEATURES))
@@ -173,8 +167,8 @@ def change_at(
     total = torch.zeros(D_MODEL)
     for entry in program.edits:
         owner = saved[entry.dictionary]
-        token = [batch.token(name, position)]
-        if owner.site != site or not entry.mask(position, position + 1, PROMPT, token)[0]:
+        token = batch.token(name, position)
+        if owner.site != site or not entry.where.holds(position, PROMPT, token):
             continue
         when = entry.when
         if when is not None:
@@ -252,7 +246,12 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
         reports = batch.close(f"r{i}", total)
         tokens = [batch.token(f"r{i}", position) for position in range(total)]
         for report, entry in zip(reports, program.edits, strict=True):
-            assert report.tokens_in_scope == entry.mask(0, total, PROMPT, tokens).sum()
+            assert report.tokens_in_scope == entry.where.mask(0, total, PROMPT, tokens).sum()
+            alone, site = Program((entry,)), saved[entry.dictionary].site
+            changed = [
+                change_at(saved, alone, batch, f"r{i}", site, p).any() for p in range(total)
+            ]
+            assert report.tokens_changed == sum(map(int, changed))
 
 
 def test_chunks_of_one_size_are_not_taken_for_more_of_the_same(
@@ -267,7 +266,8 @@ def test_chunks_of_one_size_are_not_taken_for_more_of_the_same(
     for position in range(16):
         x, change = batch.x("r", 0, position), change_at(saved, program, batch, "r", 0, position)
         torch.testing.assert_close(batch.edited["r", 0, position], x + change)
-    assert batch.accounts["r"]._totals[0].rows.tolist() == [15]
+    (report,) = batch.accounts["r"]._totals[0].reports(0)
+    assert report.tokens_in_scope == 15
 
 
 def test_a_steady_batch_is_laid_out_once(runtime: Runtime, saved: dict[str, Saved]) -> None:
