@@ -15,16 +15,19 @@ _ABOUT = """Sparse dictionaries of a language model's activations, from text to 
 Every command can be broken off with Ctrl-C and started again; it goes on where it was.
 """
 
-_TRAIN = """Harvests activations, trains the dictionary of arXiv 2309.08600, measures it on held-out
-text, finds each feature's examples and logit effects, and writes the folder `out`.
+_TRAIN = """Harvests activations, trains a dictionary, measures it on held-out text, finds each feature's
+examples and logit effects, and writes the folder `out`. The paper's dictionary (arXiv 2309.08600) is
+
+    architecture = "tied_relu", loss_reduction = "mean", lr = 1e-3, warmup = 0, decay = 0, clip = 0
+
+A list in the place of architecture, n_features, k, alpha, lr or seed asks for a dictionary of each;
+all of them train in one pass over the activations, and `out` becomes the folder that holds them:
+
+    python -m trainer train examples/smollm2-135m.toml --set 'alpha=[1e-3, 2e-3, 4e-3]' --set out=runs/alphas
 
 Ctrl-C or SIGTERM: the step in progress is finished, a checkpoint written, exit code 130. The same
 command goes on from there and ends in the same bytes as if it had not been broken off. Harvests
-are shared by all runs with the same model, site, corpus and context:
-
-    for alpha in 5e-4 1e-3 2e-3; do
-        python -m trainer train examples/smollm2-135m.toml --set alpha=$alpha --set out=runs/a$alpha
-    done
+are shared by all runs with the same model, site, corpus and context.
 
 Too many active features: raise alpha. FVU too high, or many dead features: lower it.
 """
@@ -136,16 +139,17 @@ def _corpus(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from trainer.config import load
 
-    config = load(options.config, options.overrides)
+    configs = load(options.config, options.overrides)
     from trainer.evaluate import describe
     from trainer.run import run
     from trainer.stop import Stop
 
     with Stop() as stop:
-        card = run(config, options.runs, stop)
-    assert card.quality is not None
-    print(f"{config.out}: {card.n_features} features at {card.site}, sha256 {card.sha256}")
-    print(describe(card.quality))
+        cards = run(configs, options.runs, stop)
+    for config, card in zip(configs, cards, strict=True):
+        assert card.quality is not None
+        print(f"{config.out}: {card.n_features} features at {card.site}, sha256 {card.sha256}")
+        print(describe(card.quality))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

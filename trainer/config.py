@@ -1,10 +1,16 @@
-"""What a run is: every choice that decides the bytes of the dictionary, in one frozen table."""
+"""What a run is: every choice that decides the bytes of a dictionary, in one frozen table.
+
+A file may list several values of the keys in `SWEPT`; it then stands for a dictionary of each combination, and all
+of them are trained in one pass over the same activations.
+"""
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -25,9 +31,16 @@ HARVEST_FIELDS = (
     "tokens",
     "eval_tokens",
     "activation_dtype",
-    "seed",
+    "data_seed",
     "threads",
 )
+SWEPT = ("architecture", "n_features", "k", "alpha", "lr", "seed")
+PASS_FIELDS = (*HARVEST_FIELDS, "batch", "epochs", "normalise_input")
+"""What dictionaries that are trained in one pass have in common."""
+Architecture = Literal[
+    "batch_top_k", "top_k", "matryoshka", "jump_relu", "gated", "relu", "tied_relu"
+]
+_BY_K = ("batch_top_k", "top_k", "matryoshka")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +59,38 @@ class TrainConfig:
     """Training tokens to harvest, fewer if the corpus ends before."""
     n_features: int
     """Rows of the dictionary."""
-    alpha: float
-    """Weight of the L1 term. With `loss_reduction = "mean"` it has the unit of the paper's alphas."""
-    loss_reduction: Literal["mean", "sum"] = "mean"
-    """Squared error averaged over d_model, as the paper's code does, or summed over it, as its equation 4."""
+    architecture: Architecture = "batch_top_k"
+    """`tied_relu` is the paper's dictionary, `relu` the same untied; the first three are for a given number of features."""
+    k: int = 0
+    """Active features per token, of the architectures that choose the largest; other ones have an alpha."""
+    alpha: float = 0.0
+    """Weight of the sparsity term: L1, or L0 for jump_relu. With `loss_reduction = "mean"` in the unit of the paper's."""
+    loss_reduction: Literal["mean", "sum"] = "sum"
+    """Squared error summed over d_model, or averaged over it as the paper's code does; of relu and tied_relu."""
     normalise_input: bool = True
     """Scale activations to E|x|^2 = d_model, so that one alpha means the same at every site."""
     epochs: int = 1
     """Passes over the harvested activations, each in a new random order."""
     batch: int = 1024
     """Activations per step."""
-    lr: float = 1e-3
-    """Of Adam, without warm-up or decay."""
+    lr: float = 0.0
+    """Of Adam; 0 stands for 2e-4 / sqrt(n_features / 16384)."""
+    warmup: int = 100
+    """Steps in which the learning rate rises from 0."""
+    decay: float = 0.2
+    """Share of the steps, at the end, in which the learning rate falls to 0."""
+    sparsity_warmup: int = 0
+    """Steps in which alpha rises from 0."""
+    clip: float = 1.0
+    """Largest norm of a dictionary's gradient; longer ones are shortened. 0: none is."""
+    aux_k: int = 0
+    """Dead features that help to explain the error, of those with a k; 0 stands for half of d_model, -1 for none."""
+    dead_after: int = 200_000
+    """Tokens without activation after which a feature counts as dead."""
+    bandwidth: float = 1e-3
+    """Of the kernel that gives jump_relu's thresholds a gradient, for activations of unit length."""
+    prefixes: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5)
+    """Shares of the features that reconstruct on their own in a matryoshka."""
     context: int = 256
     """Tokens per context; documents are joined by the end-of-sequence token and cut."""
     skip_positions: int = 1
@@ -71,7 +104,9 @@ class TrainConfig:
     eval_tokens: int = 32768
     """Held-out tokens to evaluate on."""
     seed: int = 0
-    """Of the weights, the order of documents and the order of activations."""
+    """Of the first weights."""
+    data_seed: int = 0
+    """Of the order of documents and of activations."""
     threads: int = 2
     """CPU threads; sums are split by thread, so the exact bytes depend on it."""
 
@@ -81,11 +116,11 @@ class TrainConfig:
             Site.parse(self.site)
         except InvalidRequest as error:
             raise BadConfig(str(error)) from error
-        positive = ("tokens", "n_features", "epochs", "batch", "lr", "eval_tokens", "threads")
-        for name in (*positive, "max_norm_ratio", "holdout_every"):
+        positive = ("tokens", "n_features", "epochs", "batch", "eval_tokens", "threads")
+        for name in (*positive, "max_norm_ratio", "holdout_every", "bandwidth", "dead_after"):
             if not getattr(self, name) > 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must be above 0")
-        for name in ("alpha", "skip_positions"):
+        for name in ("alpha", "skip_positions", "lr", "warmup", "decay", "sparsity_warmup", "clip"):
             if not getattr(self, name) >= 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must not be negative")
         if self.context < self.skip_positions + 2:
@@ -95,6 +130,22 @@ class TrainConfig:
             )
         if not self.corpus or not all(share > 0 for share in self.corpus.values()):
             raise BadConfig("corpus needs at least one entry, each with a share above 0")
+        self._check_sparsity()
+
+    def _check_sparsity(self) -> None:
+        if self.decay > 1 or not all(0 < share < 1 for share in self.prefixes):
+            raise BadConfig("decay and prefixes are shares; they must be below 1")
+        if self.architecture in _BY_K and not 0 < self.k <= self.n_features:
+            raise BadConfig(
+                f"k is {self.k}; {self.architecture} needs one from 1 to n_features, {self.n_features}"
+            )
+        if self.architecture not in _BY_K and self.k:
+            raise BadConfig(f"k is {self.k}, but {self.architecture} takes alpha instead")
+
+    @property
+    def learning_rate(self) -> float:
+        """Of Adam, once warm-up is over."""
+        return self.lr or 2e-4 / math.sqrt(self.n_features / 16384)
 
     def digest(self, names: Sequence[str]) -> str:
         """Twelve hexadecimal digits that stand for the values of `names`."""
@@ -106,14 +157,16 @@ class TrainConfig:
         """The same for all runs that use the same activations."""
         return self.digest(HARVEST_FIELDS)
 
-    @property
-    def digest_of_all(self) -> str:
-        """The same for all runs that end in the same weights."""
-        return self.digest([field.name for field in fields(self) if field.name != "out"])
+
+def digest(configs: Sequence[TrainConfig]) -> str:
+    """The same for all passes that end in the same weights."""
+    names = [field.name for field in fields(TrainConfig) if field.name != "out"]
+    together = "".join(config.digest(names) for config in configs)
+    return hashlib.sha256(together.encode()).hexdigest()[:12]
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration in a TOML file, with `key=value` overrides whose values are TOML too.
+def load(path: Path, overrides: Sequence[str] = ()) -> list[TrainConfig]:
+    """The dictionaries that a TOML file asks for, with `key=value` overrides whose values are TOML too.
 
     A value that is not TOML is taken as text: `site=resid_post.3` needs no quotes.
     """
@@ -126,7 +179,27 @@ def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if not equals:
             raise BadConfig(f"--set {override!r} is not key=value")
         content[key.strip()] = _toml_value(value.strip())
-    return from_mapping(content)
+    return expand(content)
+
+
+def expand(content: Mapping[str, Any]) -> list[TrainConfig]:
+    """One configuration for each combination of the listed values; `out` becomes a folder of theirs."""
+    lists = {key: content[key] for key in SWEPT if isinstance(content.get(key), list)}
+    for key, values in lists.items():
+        if not values or len(set(map(str, values))) < len(values):
+            raise BadConfig(f"{key} is {values}; it must list each value once")
+    if not lists:
+        return [from_mapping(content)]
+    found = []
+    for values in product(*lists.values()):
+        chosen = dict(zip(lists, values, strict=True))
+        name = "-".join(
+            str(value) if key == "architecture" else f"{key}{value}"
+            for key, value in chosen.items()
+        )
+        out = f"{content.get('out', '')}/{name}"
+        found.append(from_mapping({**content, **chosen, "out": out}))
+    return found
 
 
 def from_mapping(content: Mapping[str, Any]) -> TrainConfig:
@@ -160,6 +233,9 @@ def _check_types(config: TrainConfig) -> None:
         if kind is float and type(value) is int:
             object.__setattr__(config, field.name, float(value))
             continue
+        if get_origin(kind) is tuple and isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(config, field.name, value)
         expected = get_origin(kind) or kind
         if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
             name = "a table" if expected is not kind else kind.__name__

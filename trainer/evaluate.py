@@ -59,7 +59,7 @@ def evaluate(
     The PCA it is compared with is fitted to these very activations, which flatters PCA.
     """
     sums = _Sums(dictionary.n_features, dictionary.d_model)
-    dictionary = _on_device(dictionary)
+    dictionary = dictionary.to(device())
     loss = {"plain": 0.0, "spliced": 0.0}
     targets = 0
     keep = torch.zeros(0)
@@ -115,16 +115,3 @@ def _loss(logits: Tensor, tokens: Tensor, keep: Tensor) -> float:
     keep = keep[:, :-1]
     chosen, target = logits[:, :-1][keep].float(), tokens[:, 1:][keep]
     return nn.functional.cross_entropy(chosen, target, reduction="sum").item()
-
-
-def _on_device(dictionary: Dictionary) -> Dictionary:
-    W_dec = dictionary.W_dec.to(device())
-    return Dictionary(
-        W_dec.T if dictionary.is_tied else dictionary.W_enc.to(device()),
-        dictionary.b_enc.to(device()),
-        W_dec,
-        dictionary.b_dec.to(device()),
-        dictionary.activation,
-        dictionary.input_scale,
-        dictionary.center_input,
-    )

@@ -1,48 +1,76 @@
 """The commands on dictionaries: train one, evaluate one, label its features."""
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from steer_server.dictionary.card import Card, Model, Quality, SelfTest, config_digest
+from steer_server.dictionary.card import Card, Model, Quality, config_digest
+from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import Evidence
 from steer_server.dictionary.files import CARD, StoredDictionary, check_model, load, save
 from steer_server.dictionary.site import Site
 from trainer import corpus, interpret
-from trainer.config import TrainConfig, from_mapping
+from trainer.config import PASS_FIELDS, TrainConfig, digest, from_mapping
 from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
-from trainer.harvest import harvest
+from trainer.harvest import Activations, harvest
 from trainer.model import load_model, load_tokenizer, revision, shape_of
 from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
 from trainer.train import train
 
 
-def run(config: TrainConfig, runs: Path, stop: Stop) -> Card:
-    """Harvest, train, evaluate, interpret, save; each stage goes on where it was broken off.
+def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
+    """Harvest, train all dictionaries in one pass, then evaluate, interpret and save each.
 
-    Intermediate files lie in `runs`, under names that stand for the settings they depend on.
+    Each stage goes on where it was broken off. Intermediate files lie in `runs`, under names that stand for the
+    settings they depend on. Dictionaries that are there already are left alone.
     """
-    out = Path(config.out)
-    if (out / CARD).exists():
-        return _finished(config, out)
-    torch.set_num_threads(config.threads)
-    activations = harvest(config, runs / f"activations-{config.harvest_digest}", stop)
-    dictionary = train(config, activations, runs / f"training-{config.digest_of_all}", stop)
-    dictionary = dictionary.to(torch.float16).to(torch.float32)  # measure what is stored
+    first = configs[0]
+    if len({config.out for config in configs}) < len(configs):
+        raise BadConfig("each dictionary of a pass needs an `out` of its own")
+    if any(c.digest(PASS_FIELDS) != first.digest(PASS_FIELDS) for c in configs):
+        raise BadConfig(
+            "dictionaries of one pass have their activations, batch and epochs in common"
+        )
+    if all((Path(config.out) / CARD).exists() for config in configs):
+        return [_finished(config) for config in configs]
+    torch.set_num_threads(first.threads)
+    activations = harvest(first, runs / f"activations-{first.harvest_digest}", stop)
+    made = train(configs, activations, runs / f"training-{digest(configs)}", stop)
+    model, tokenizer = load_model(first.model), load_tokenizer(first.model)
+    return [
+        _finished(config)
+        if (Path(config.out) / CARD).exists()
+        else _finish(config, dictionary, activations, model, tokenizer, stop)
+        for config, dictionary in zip(configs, made, strict=True)
+    ]
 
-    model, site = load_model(config.model), Site.parse(config.site)
+
+def _finish(
+    config: TrainConfig,
+    dictionary: Dictionary,
+    activations: Activations,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    stop: Stop,
+) -> Card:
+    """Evaluates, interprets and saves one trained dictionary."""
+    out, site = Path(config.out), Site.parse(config.site)
+    dictionary = dictionary.to(torch.float16).to(torch.float32)  # measure what is stored
     skip, max_norm = config.skip_positions, activations.max_norm
     quality = evaluate(model, site, dictionary, activations.heldout, skip, max_norm, stop)
     survey = interpret.survey(dictionary, activations, stop)
-    tokenizer = load_tokenizer(config.model)
     evidence = interpret.evidence(survey, activations, model, tokenizer, stop)
-    card = Card(
+    card = Card.of(
+        dictionary,
         name=out.name,
         model=Model(
             Path(config.model).name if Path(config.model).is_dir() else config.model,
@@ -50,17 +78,11 @@ def run(config: TrainConfig, runs: Path, stop: Stop) -> Card:
             config_digest(shape_of(config.model)),
         ),
         site=site,
-        d_model=dictionary.d_model,
-        n_features=dictionary.n_features,
-        architecture="tied_relu",
-        activation=dictionary.activation,
-        input_scale=dictionary.input_scale,
-        center_input=dictionary.center_input,
+        architecture=config.architecture,
         dtype="float16",
-        self_test=SelfTest((), (), (), ()),
         quality=quality,
         training={
-            "config": asdict(config),
+            "config": asdict(config) | {"prefixes": list(config.prefixes)},
             "corpus": corpus.fingerprint(config.corpus),
             "tokens": activations.count,
             "special_tokens": SPECIAL_TOKENS,
@@ -135,7 +157,8 @@ def label(folder: Path, path: Path) -> int:
     return len(labels)
 
 
-def _finished(config: TrainConfig, out: Path) -> Card:
+def _finished(config: TrainConfig) -> Card:
+    out = Path(config.out)
     stored = load(out)
     if _config_of(stored) != config:
         raise BadConfig(
@@ -148,7 +171,7 @@ def _finished(config: TrainConfig, out: Path) -> Card:
 def _config_of(stored: StoredDictionary) -> TrainConfig:
     if "config" not in stored.card.training:
         raise BadConfig(f"the card of {stored.card.name!r} says nothing of how it was trained")
-    return from_mapping(stored.card.training["config"])
+    return from_mapping({"architecture": stored.card.architecture} | stored.card.training["config"])
 
 
 def _version(name: str) -> str:

@@ -1,7 +1,7 @@
 """What a dictionary is: encode, decode, and its rows ready for arithmetic."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
@@ -104,6 +104,7 @@ class Dictionary:
         b_mag: Float[Tensor, " n_features"],
         W_dec: Float[Tensor, "n_features d_model"],
         b_dec: Float[Tensor, " d_model"],
+        input_scale: float = 1.0,
     ) -> "Dictionary":
         """The Gated SAE of Rajamanoharan et al. 2024 (arXiv 2404.16014), section 3.2, as a JumpReLU.
 
@@ -118,6 +119,7 @@ class Dictionary:
             W_dec,
             b_dec,
             Activation.JUMP_RELU,
+            input_scale,
             center_input=True,
             threshold=threshold,
         )
@@ -175,20 +177,16 @@ class Dictionary:
         """The reconstruction `x_hat` of the vectors whose activations are `f`."""
         return f @ self.rows.decoder + self.b_dec / self.input_scale
 
-    def to(self, dtype: torch.dtype) -> "Dictionary":
-        """The same dictionary with weights of `dtype`; a tied one stays tied in memory."""
-        W_dec = self.W_dec.to(dtype)
-        W_enc = W_dec.T if self.is_tied else self.W_enc.to(dtype)
-        return Dictionary(
-            W_enc,
-            self.b_enc.to(dtype),
-            W_dec,
-            self.b_dec.to(dtype),
-            self.activation,
-            self.input_scale,
-            self.center_input,
-            None if self.threshold is None else self.threshold.to(dtype),
-            self.k,
+    def to(self, where: torch.dtype | torch.device) -> "Dictionary":
+        """The same dictionary with weights of that dtype, or on that device; a tied one stays tied in memory."""
+        W_dec = self.W_dec.to(where)
+        return replace(
+            self,
+            W_enc=W_dec.T if self.is_tied else self.W_enc.to(where),
+            b_enc=self.b_enc.to(where),
+            W_dec=W_dec,
+            b_dec=self.b_dec.to(where),
+            threshold=None if self.threshold is None else self.threshold.to(where),
         )
 
     def _thresholds(self) -> Float[Tensor, " n_features"]:

@@ -6,7 +6,7 @@ import pytest
 
 from steer_server.errors import SteerError
 from trainer.cli import parser
-from trainer.config import TrainConfig, from_mapping, load
+from trainer.config import TrainConfig, digest, expand, from_mapping, load
 from trainer.errors import BadConfig
 
 GOOD = {
@@ -16,7 +16,7 @@ GOOD = {
     "out": "out",
     "tokens": 1000,
     "n_features": 64,
-    "alpha": 1e-3,
+    "k": 8,
 }
 TOML = """
 model = "models/m"
@@ -24,7 +24,7 @@ site = "resid_post.3"
 out = "out"
 tokens = 1000
 n_features = 64
-alpha = 1
+k = 8
 [corpus]
 "a.txt" = 1
 """
@@ -40,6 +40,11 @@ alpha = 1
         ({"tokens": 0}, "tokens is 0, it must be above 0"),
         ({"alpha": -1.0}, "alpha is -1.0, it must not be negative"),
         ({"loss_reduction": "max"}, "loss_reduction is 'max'; allowed are mean, sum"),
+        ({"k": 0}, "k is 0; batch_top_k needs one from 1 to n_features, 64"),
+        ({"k": 65}, "k is 65; batch_top_k needs one from 1 to n_features, 64"),
+        ({"architecture": "relu"}, "k is 8, but relu takes alpha instead"),
+        ({"architecture": "dense"}, "architecture is 'dense'; allowed are batch_top_k, top_k"),
+        ({"prefixes": [0.5, 1.0]}, "decay and prefixes are shares"),
         ({"context": 2}, "context is 2; with skip_positions 1 it must be at least 3"),
         ({"corpus": {}}, "corpus needs at least one entry"),
         ({"corpus": "a.txt"}, "corpus is 'a.txt'; it must be a table"),
@@ -51,17 +56,17 @@ def test_a_wrong_key_or_value_is_named(change: dict, message: str) -> None:
 
 
 def test_a_missing_key_is_named() -> None:
-    with pytest.raises(BadConfig, match="'alpha'"):
-        from_mapping({key: value for key, value in GOOD.items() if key != "alpha"})
+    with pytest.raises(BadConfig, match="'n_features'"):
+        from_mapping({key: value for key, value in GOOD.items() if key != "n_features"})
 
 
 def test_overrides_are_toml_values_or_plain_text(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(TOML)
-    overrides = ["site=mlp_out.7", "alpha=2e-3", 'corpus={"b.txt" = 2.0}', "normalise_input=false"]
+    overrides = ["site=mlp_out.7", "lr=2e-3", 'corpus={"b.txt" = 2.0}', "normalise_input=false"]
 
-    config = load(tmp_path / "c.toml", overrides)
+    (config,) = load(tmp_path / "c.toml", overrides)
 
-    assert (config.site, config.alpha, config.normalise_input) == ("mlp_out.7", 2e-3, False)
+    assert (config.site, config.lr, config.normalise_input) == ("mlp_out.7", 2e-3, False)
     assert config.corpus == {"b.txt": 2.0}
     with pytest.raises(BadConfig, match="not key=value"):
         load(tmp_path / "c.toml", ["alpha"])
@@ -69,19 +74,32 @@ def test_overrides_are_toml_values_or_plain_text(tmp_path: Path) -> None:
 
 def test_runs_share_a_harvest_unless_the_activations_differ() -> None:
     config = from_mapping(GOOD)
-    other_alpha = from_mapping(GOOD | {"alpha": 0.5, "out": "elsewhere"})
+    other_k = from_mapping(GOOD | {"k": 5, "out": "elsewhere"})
 
-    assert config.harvest_digest == other_alpha.harvest_digest
-    assert config.digest_of_all != other_alpha.digest_of_all
-    assert config.digest_of_all == from_mapping(GOOD | {"out": "elsewhere"}).digest_of_all
+    assert config.harvest_digest == other_k.harvest_digest
+    assert digest([config]) != digest([other_k])
+    assert digest([config]) == digest([from_mapping(GOOD | {"out": "elsewhere"})])
     assert config.harvest_digest != from_mapping(GOOD | {"site": "mlp_out.3"}).harvest_digest
 
 
 def test_the_shipped_configuration_is_valid() -> None:
-    config = load(Path(__file__).parents[2] / "examples" / "smollm2-135m.toml")
+    (config,) = load(Path(__file__).parents[2] / "examples" / "smollm2-135m.toml")
 
     assert isinstance(config, TrainConfig)
     assert config.alpha > 0
+
+
+def test_lists_of_values_are_a_dictionary_of_each_combination() -> None:
+    sweep = expand(GOOD | {"architecture": ["top_k", "matryoshka"], "k": [4, 8], "seed": 3})
+
+    assert [(c.architecture, c.k, c.seed, c.out) for c in sweep] == [
+        ("top_k", 4, 3, "out/top_k-k4"),
+        ("top_k", 8, 3, "out/top_k-k8"),
+        ("matryoshka", 4, 3, "out/matryoshka-k4"),
+        ("matryoshka", 8, 3, "out/matryoshka-k8"),
+    ]
+    with pytest.raises(BadConfig, match="must list each value once"):
+        expand(GOOD | {"k": [4, 4]})
 
 
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +107,7 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         parser().parse_args(["train", "--help"])
 
     shown = capsys.readouterr().out
-    assert "  alpha\n      Weight of the L1 term." in shown
+    assert "  alpha = 0.0\n      Weight of the sparsity term" in shown
     assert "  batch = 1024\n" in shown
 
 

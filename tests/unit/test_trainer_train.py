@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from steer_server.dictionary.files import load
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import tiny_config, write_model
-from trainer import gradient
+from trainer.architectures import ARCHITECTURES, TopK
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig, Interrupted, TrainerError
@@ -24,7 +24,7 @@ from trainer.harvest import harvest
 from trainer.model import decoder_layers, load_model, read_site, truncate
 from trainer.run import evaluate_again, label, run
 from trainer.stop import Stop
-from trainer.train import CHECKPOINT, train
+from trainer.train import CHECKPOINT, METRICS, train
 
 
 @pytest.fixture(autouse=True)
@@ -46,36 +46,26 @@ def config(model_folder: Path, tmp_path: Path) -> TrainConfig:
     return tiny_config(model_folder, tmp_path)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("shift", [0.0, -2.2], ids=["dense", "sparse"])
-def test_the_gradient_is_that_of_the_papers_loss(reduction: str, shift: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    M = torch.randn(40, 12, generator=generator, dtype=torch.float64).requires_grad_()
-    b = torch.full((40,), shift, dtype=torch.float64).requires_grad_()
-    x = torch.randn(32, 12, generator=generator, dtype=torch.float64)
-    rows = M / M.norm(dim=1, keepdim=True).clamp(min=1e-8)
-    f = torch.relu(x @ rows.T + b)
-    squared = (f @ rows - x).square()
-    error = squared.mean() if reduction == "mean" else squared.sum(dim=1).mean()
-    loss = error + 0.03 * f.abs().sum(dim=1).mean()
-    loss.backward()
-
-    with torch.no_grad():
-        step = gradient.step(M, b, x, 0.03, reduction)  # type: ignore[arg-type]
-
-    assert M.grad is not None
-    assert b.grad is not None
-    assert (f > 0).double().mean().item() < 1 / 20 or shift == 0.0
-    assert step.loss == pytest.approx(loss.item(), rel=1e-12)
-    torch.testing.assert_close(step.M, M.grad, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(step.b, b.grad, rtol=1e-9, atol=1e-12)
+def sweep(config: TrainConfig) -> list[TrainConfig]:
+    """Two dictionaries of each architecture; features die soon, so that AuxK has work."""
+    found = []
+    for number, name in enumerate(ARCHITECTURES):
+        by_k = isinstance(ARCHITECTURES[name], TopK)
+        for member in range(2):
+            sparsity = {"k": 3 + member} if by_k else {"alpha": 0.01 * (member + 1)}
+            out = f"{config.out}-{number}-{member}"
+            change = {"warmup": 10, "decay": 0.2, "clip": 1.0, "dead_after": 200}
+            chosen = {"architecture": name, "out": out, "seed": member, "k": 0, "alpha": 0.0}
+            found.append(replace(config, **change, **(chosen | sparsity)))
+    return found
 
 
 def test_training_broken_off_twice_ends_in_the_same_bytes(
     config: TrainConfig, tmp_path: Path
 ) -> None:
+    configs = sweep(config)
     activations = harvest(config, tmp_path / "activations", Stop())
-    unbroken = train(config, activations, tmp_path / "unbroken", Stop())
+    unbroken = train(configs, activations, tmp_path / "unbroken", Stop())
 
     for step in (1, 70):
         stop = Stop()
@@ -84,11 +74,12 @@ def test_training_broken_off_twice_ends_in_the_same_bytes(
             stop.requested = now == step
 
         with pytest.raises(Interrupted, match=f"step {step} of"):
-            train(config, activations, tmp_path / "broken", stop, interrupt)
-    resumed = train(config, activations, tmp_path / "broken", Stop())
+            train(configs, activations, tmp_path / "broken", stop, interrupt)
+    resumed = train(configs, activations, tmp_path / "broken", Stop())
 
-    assert torch.equal(resumed.W_dec, unbroken.W_dec)
-    assert torch.equal(resumed.b_enc, unbroken.b_enc)
+    for one, other in zip(resumed, unbroken, strict=True):
+        assert torch.equal(one.W_dec, other.W_dec)
+        assert torch.equal(one.b_enc, other.b_enc)
     assert (tmp_path / "broken" / CHECKPOINT).read_bytes() == (
         tmp_path / "unbroken" / CHECKPOINT
     ).read_bytes()
@@ -98,7 +89,7 @@ def test_training_lowers_the_loss_and_keeps_rows_of_unit_norm(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     activations = harvest(config, tmp_path / "activations", Stop())
-    dictionary = train(replace(config, epochs=6), activations, tmp_path / "training", Stop())
+    (dictionary,) = train([replace(config, epochs=6)], activations, tmp_path / "training", Stop())
 
     x = activations.gather(torch.arange(500))
     error = (dictionary.decode(dictionary.encode(x)) - x).square().sum()
@@ -196,29 +187,29 @@ def test_a_damaged_checkpoint_is_named_and_not_overwritten(
     (tmp_path / "training" / CHECKPOINT).write_bytes(b"not a checkpoint")
 
     with pytest.raises(BadCheckpoint, match="remove it to begin anew"):
-        train(config, activations, tmp_path / "training", Stop())
+        train([config], activations, tmp_path / "training", Stop())
     assert (tmp_path / "training" / CHECKPOINT).read_bytes() == b"not a checkpoint"
 
 
 def test_a_run_leaves_a_dictionary_whose_card_tells_how_it_was_made(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    card = run(config, tmp_path / "runs", Stop())
+    (card,) = run([config], tmp_path / "runs", Stop())
 
     stored = load(Path(config.out), json.loads((Path(config.model) / "config.json").read_text()))
     assert stored.card == card
     assert card.training["config"]["alpha"] == config.alpha
     assert card.training["separator"] == "<eos>"
     assert card.quality == evaluate_again(Path(config.out), None, [], None, Stop())
-    assert run(config, tmp_path / "runs", Stop()) == card
+    assert run([config], tmp_path / "runs", Stop()) == [card]
     with pytest.raises(BadConfig, match="another configuration"):
-        run(replace(config, alpha=0.5), tmp_path / "runs", Stop())
+        run([replace(config, alpha=0.5)], tmp_path / "runs", Stop())
 
 
 def test_other_corpora_are_held_out_whole_and_its_own_are_not(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    run(config, tmp_path / "runs", Stop())
+    run([config], tmp_path / "runs", Stop())
     own = next(iter(config.corpus))
     (tmp_path / "other.txt").write_text("the cat sat on the mat " * 40)
 
@@ -232,7 +223,7 @@ def test_other_corpora_are_held_out_whole_and_its_own_are_not(
 def test_examples_show_the_activations_of_their_tokens_strongest_first(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    run(config, tmp_path / "runs", Stop())
+    run([config], tmp_path / "runs", Stop())
 
     stored = load(Path(config.out))
     feature, entry = max(stored.evidence.items(), key=lambda item: stored.statistics.max[item[0]])
@@ -247,7 +238,7 @@ def test_examples_show_the_activations_of_their_tokens_strongest_first(
 def test_labels_are_merged_and_the_weights_keep_their_identity(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    card = run(config, tmp_path / "runs", Stop())
+    (card,) = run([config], tmp_path / "runs", Stop())
     before = load(Path(config.out))
     labels = tmp_path / "labels.toml"
     labels.write_text(f'weights_sha256 = "{card.sha256}"\n[labels]\n3 = "cats"\n')
@@ -262,7 +253,7 @@ def test_labels_are_merged_and_the_weights_keep_their_identity(
 
 
 def test_labels_of_another_dictionary_are_refused(config: TrainConfig, tmp_path: Path) -> None:
-    run(config, tmp_path / "runs", Stop())
+    run([config], tmp_path / "runs", Stop())
     labels = tmp_path / "labels.toml"
     labels.write_text('weights_sha256 = "00"\n[labels]\n3 = "cats"\n')
 
@@ -274,7 +265,7 @@ def test_a_signal_ends_the_command_with_130_and_a_way_to_go_on(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     lines = [f"{key} = {json.dumps(getattr(config, key))}" for key in ("model", "site", "out")]
-    lines += ["tokens = 4096", "eval_tokens = 256", "n_features = 24", "alpha = 0.01"]
+    lines += ["tokens = 4096", "eval_tokens = 256", "n_features = 24", "k = 4"]
     lines += ["batch = 64", "epochs = 100000", "context = 32", "threads = 1"]
     lines += ["[corpus]", f"{json.dumps(next(iter(config.corpus)))} = 1.0"]
     (tmp_path / "c.toml").write_text("\n".join(lines))
@@ -304,3 +295,41 @@ def test_a_configuration_error_is_one_line_and_exit_code_1(
 
     assert main(["train", str(tmp_path / "c.toml")]) == 1
     assert capsys.readouterr().err.startswith("error: unknown keys: speed; known are model, site")
+
+
+def test_dictionaries_of_one_pass_are_what_each_is_alone(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """Up to the rounding of products that are made for several at once."""
+    configs = sweep(config)
+    activations = harvest(config, tmp_path / "activations", Stop())
+    together = train(configs, activations, tmp_path / "together", Stop())
+
+    for number, one in enumerate(configs):
+        (alone,) = train([one], activations, tmp_path / f"alone{number}", Stop())
+        torch.testing.assert_close(together[number].W_dec, alone.W_dec, rtol=1e-3, atol=1e-3)
+        assert together[number].activation == alone.activation
+
+
+def test_a_sweep_is_one_command_and_a_folder_of_dictionaries(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    cards = run(sweep(config), tmp_path / "runs", Stop())
+
+    assert [card.architecture for card in cards] == [c.architecture for c in sweep(config)]
+    for card, one in zip(cards, sweep(config), strict=True):
+        assert card.quality is not None
+        assert card.quality.fvu < 1
+        assert load(Path(one.out)).card == card
+    lines = (next(iter((tmp_path / "runs").glob("training-*"))) / METRICS).read_text().splitlines()
+    assert {json.loads(line)["out"] for line in lines} == {one.out for one in sweep(config)}
+
+
+def test_activations_that_are_no_numbers_stop_the_training(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    activations = harvest(config, tmp_path / "activations", Stop())
+    activations.shards[0][3, 2] = torch.nan
+
+    with pytest.raises(TrainerError, match="not finite; remove the harvest"):
+        train([config], activations, tmp_path / "training", Stop())

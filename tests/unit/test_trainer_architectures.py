@@ -1,0 +1,199 @@
+"""Every architecture's hand-written gradient is autograd's, in float64, however many features are active."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer import active
+from trainer.architectures import ARCHITECTURES, Hyper, Outcome, Stack, prefixes
+
+MEMBERS, TOKENS, D, F = 3, 24, 10, 40
+ALPHA = torch.tensor([0.02, 0.1, 0.4], dtype=torch.float64)
+BAND = 0.4
+"""Wide enough that thresholds feel some tokens."""
+K = (2, 5, 3)
+
+
+def hyper(name: str) -> Hyper:
+    shares = (0.25, 0.5) if name == "matryoshka" else ()
+    return Hyper(ALPHA, K, bandwidth=BAND, prefixes=prefixes(F, shares) if shares else (), aux_k=0)
+
+
+def case(name: str, shift: float = 0.0) -> tuple[Stack, Tensor]:
+    """Parameters away from every symmetry of the start, and a batch."""
+    generator = torch.Generator().manual_seed(0)
+    members = []
+    for _ in range(MEMBERS):
+        mean = torch.randn(D, generator=generator)
+        members.append(ARCHITECTURES[name].start(F, D, mean, generator))
+    p = {key: torch.stack([m[key] for m in members]).double() for key in members[0]}
+    noise = {key: torch.randn(v.shape, generator=generator, dtype=v.dtype) for key, v in p.items()}
+    p = {key: value + 0.2 * noise[key] for key, value in p.items()}
+    if "log_threshold" in p:
+        p["log_threshold"] = 0.3 * noise["log_threshold"] - 0.5
+    for key in ("b_enc", "b_gate", "b_mag"):
+        if key in p:
+            p[key] += shift
+    if ARCHITECTURES[name].unit_decoder:
+        p["W_dec"] /= p["W_dec"].norm(dim=2, keepdim=True)
+    x = 1.5 * torch.randn(TOKENS, D, generator=generator, dtype=torch.float64)
+    return p, x
+
+
+class _Step(torch.autograd.Function):
+    """1[z > theta] with JumpReLU's pseudo-derivative with respect to theta."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        return (z > theta).to(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        z, theta = ctx.saved_tensors
+        kernel = ((z - theta).abs() < BAND / 2).to(z) / BAND
+        return None, (-kernel * grad).sum(dim=1, keepdim=True)
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        return z * (z > theta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        z, theta = ctx.saved_tensors
+        kernel = ((z - theta).abs() < BAND / 2).to(z) / BAND
+        return grad * (z > theta), (-theta * kernel * grad).sum(dim=1, keepdim=True)
+
+
+def reference(name: str, p: Stack, x: Tensor, h: Hyper) -> Tensor:
+    """The losses of all members, from the architectures' formulas."""
+    n = len(x)
+    alpha = h.alpha[:, None]
+    if name == "tied_relu":
+        W = p["M"] / p["M"].norm(dim=2, keepdim=True)
+        f = torch.relu(x @ W.mT + p["b_enc"][:, None])
+        squared = (f @ W - x).square()
+        error = squared.mean(dim=(1, 2)) if h.mean_over_d else squared.sum(dim=(1, 2)) / n
+        return error + h.alpha * f.sum(dim=(1, 2)) / n
+    b_dec = p["b_dec"][:, None]
+    if name == "relu":
+        f = torch.relu(x @ p["W_enc"].mT + p["b_enc"][:, None])
+        error = (f @ p["W_dec"] + b_dec - x).square().sum(dim=(1, 2)) / n
+        return error + (alpha * (f.sum(dim=1) * p["W_dec"].norm(dim=2))).sum(dim=1) / n
+    if name == "jump_relu":
+        z = x @ p["W_enc"].mT + p["b_enc"][:, None]
+        theta = p["log_threshold"].exp()[:, None]
+        f, l0 = _Jump.apply(z, theta), _Step.apply(z, theta)  # type: ignore[misc]
+        error = (f @ p["W_dec"] + b_dec - x).square().sum(dim=(1, 2)) / n
+        return error + h.alpha * l0.sum(dim=(1, 2)) / n
+    if name == "gated":
+        y = (x - b_dec) @ p["W_enc"].mT
+        gate = y + p["b_gate"][:, None]
+        strength = y * p["r_mag"].exp()[:, None] + p["b_mag"][:, None]
+        f = torch.relu(strength) * (gate > 0)
+        opened = torch.relu(gate)
+        error = (f @ p["W_dec"] + b_dec - x).square()
+        aside = (opened @ p["W_dec"].detach() + b_dec.detach() - x).square()
+        return ((error + aside).sum(dim=(1, 2)) + h.alpha * opened.sum(dim=(1, 2))) / n
+    z = (x - b_dec) @ p["W_enc"].mT + p["b_enc"][:, None]
+    f = torch.relu(z)
+    if name == "top_k":
+        limit = torch.stack([f[e].topk(k, dim=1).values[:, -1:] for e, k in enumerate(K)])
+    else:
+        limit = torch.stack([f[e].flatten().topk(k * n).values[-1:, None] for e, k in enumerate(K)])
+    f = f * (f >= limit)
+    ends = h.prefixes or (F,)
+    variance = (x - x.mean(dim=0)).square().sum()
+    errors = [(f[:, :, :m] @ p["W_dec"][:, :m] + b_dec - x).square().sum(dim=(1, 2)) for m in ends]
+    return torch.stack(errors).mean(dim=0) / variance
+
+
+def along_the_sphere(name: str, p: Stack, gradients: Stack) -> Stack:
+    """Gradients with what would change the length of unit rows taken out."""
+    if not ARCHITECTURES[name].unit_decoder:
+        return gradients
+    W, dW = p["W_dec"], gradients["W_dec"]
+    return gradients | {"W_dec": dW - (dW * W).sum(dim=2, keepdim=True) * W}
+
+
+def check(name: str, p: Stack, outcome: Outcome, losses: Tensor, leaves: Stack) -> None:
+    torch.testing.assert_close(outcome.loss, losses.detach())
+    found = torch.autograd.grad(losses.sum(), list(leaves.values()))
+    expected = along_the_sphere(name, p, dict(zip(leaves, found, strict=True)))
+    assert set(outcome.gradients) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(outcome.gradients[key], value, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_loss_and_gradient_are_autograds(
+    monkeypatch: pytest.MonkeyPatch, name: str, form: str
+) -> None:
+    monkeypatch.setattr(active, "SPARSE_SHARE", 0.0 if form == "dense" else 1.0)
+    p, x = case(name, shift=-0.5)
+    h = replace(hyper(name), mean_over_d=name == "tied_relu")
+    leaves = {key: value.clone().requires_grad_() for key, value in p.items()}
+
+    outcome = ARCHITECTURES[name].step(p, x, h)
+
+    check(name, p, outcome, reference(name, leaves, x, h), leaves)
+    assert (outcome.l0 > 0).all()
+    assert (outcome.l0 < F / 2).all()
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_dead_features_are_drawn_to_the_error(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """AuxK's loss and gradient; the error it explains is taken as given."""
+    monkeypatch.setattr(active, "SPARSE_SHARE", 0.0 if form == "dense" else 1.0)
+    p, x = case("top_k")
+    dead = torch.zeros(MEMBERS, F, dtype=torch.bool)
+    dead[0, :6] = True
+    dead[2, 10:] = True
+    h = replace(hyper("top_k"), aux_k=4, dead=dead)
+    leaves = {key: value.clone().requires_grad_() for key, value in p.items()}
+
+    outcome = ARCHITECTURES["top_k"].step(p, x, h)
+
+    z = (x - leaves["b_dec"][:, None]) @ leaves["W_enc"].mT + leaves["b_enc"][:, None]
+    given = z.detach().relu()
+    f = given * (given >= torch.stack([given[e].topk(k).values[:, -1:] for e, k in enumerate(K)]))
+    error = (x - p["b_dec"][:, None] - f @ p["W_dec"]).detach()
+    losses = reference("top_k", leaves, x, h)
+    among_dead = z.relu() * dead[:, None]
+    strongest = among_dead.topk(4, dim=2)
+    aux = torch.zeros_like(z).scatter(2, strongest.indices, strongest.values) @ leaves["W_dec"]
+    share = (aux - error).square().sum(dim=(1, 2)) / error.square().sum(dim=(1, 2))
+    losses = losses + h.aux_weight * share * torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    # The gradient of b_dec within AuxK's encoding counts, too; the error's does not.
+    check("top_k", p, outcome, losses, leaves)
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_what_is_exported_encodes_and_decodes_as_in_training(name: str) -> None:
+    p, x = case(name, shift=-0.5)
+    p, x, scale = {key: value.float() for key, value in p.items()}, x.float(), 0.7
+    h = hyper(name)
+    h = replace(h, alpha=h.alpha.float())
+    outcome = ARCHITECTURES[name].step({key: v[:1] for key, v in p.items()}, x, one(h))
+    exported = ARCHITECTURES[name].dictionary(
+        {key: v[0] for key, v in p.items()}, scale, one(h), float(outcome.least_active)
+    )
+
+    f = exported.encode(x / scale)
+
+    error = (exported.decode(f) * scale - x).square().sum() / (x - x.mean(dim=0)).square().sum()
+    torch.testing.assert_close(error, outcome.fvu[0], rtol=1e-2, atol=1e-4)
+    # The smallest activation that BatchTopK lets through lies at the threshold, not above it.
+    assert abs(torch.count_nonzero(f) / TOKENS - outcome.l0[0]) <= 1.5 / TOKENS
+
+
+def one(h: Hyper) -> Hyper:
+    """For the first member alone."""
+    return replace(h, alpha=h.alpha[:1], k=h.k[:1])

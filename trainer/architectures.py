@@ -1,0 +1,422 @@
+"""What each architecture computes and loses, and the exact gradient of it, for a stack of dictionaries at once.
+
+Parameters are stacks with a leading dimension of members; `x` is the same for all of them. Gradients are written out
+by hand in terms of `Active`, so that they cost what the active features cost; each is held against autograd in float64
+by the tests. `V` is the batch's variance, sum |x - mean x|^2, so that a loss of sum |x_hat - x|^2 / V is the FVU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer_server.dictionary.dictionary import Activation, Dictionary
+from trainer.active import Active, at
+
+Stack = dict[str, Tensor]
+"""Parameters, or their gradients, by name; [members, ...]."""
+_LEAST_NORM = 1e-8
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What may differ from member to member of a stack, [members] each, and what holds for all."""
+
+    alpha: Float[Tensor, " members"]
+    """Weight of the sparsity term at this step, warm-up included."""
+    k: tuple[int, ...]
+    """Active features per token."""
+    mean_over_d: bool = False
+    """The paper's code: squared error averaged over d_model instead of summed."""
+    aux_k: int = 0
+    """Dead features that AuxK lets explain the error; 0: none."""
+    aux_weight: float = 1 / 32
+    bandwidth: float = 1e-3
+    """Of the kernel that gives JumpReLU's thresholds a gradient."""
+    prefixes: tuple[int, ...] = ()
+    """Matryoshka: the numbers of features that reconstruct on their own, ascending; the last is all."""
+    dead: Tensor | None = None
+    """Which features AuxK is for, [members, features]."""
+
+
+class Outcome(NamedTuple):
+    """What one batch says of each member."""
+
+    loss: Float[Tensor, " members"]
+    l0: Float[Tensor, " members"]
+    fvu: Float[Tensor, " members"]
+    fired: Tensor
+    """[members, features]"""
+    gradients: Stack
+    least_active: Float[Tensor, " members"]
+    """The smallest activation that BatchTopK let through; 0 for all others."""
+
+
+class Architecture(Protocol):
+    """One kind of dictionary."""
+
+    @property
+    def unit_decoder(self) -> bool:
+        """Whether the decoder's rows are kept at unit norm."""
+        ...
+
+    def start(
+        self, n_features: int, d_model: int, mean: Tensor, generator: torch.Generator
+    ) -> Stack:
+        """One member's first parameters, without the leading dimension; `mean` is that of x."""
+        ...
+
+    def step(self, p: Stack, x: Float[Tensor, "tokens d_model"], hyper: Hyper) -> Outcome: ...
+
+    def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
+        """One member as it will be served; x was multiplied by `scale` before training.
+
+        `threshold` is the running mean of `Outcome.least_active`.
+        """
+        ...
+
+
+class Tied:
+    """The paper's dictionary (arXiv 2309.08600, section 2 and its code).
+
+    For W = M / max(|M|, 1e-8) row by row: f = ReLU(x W^T + b), x_hat = f W,
+    loss = mean_batch (reduce_d (x_hat - x)^2 + alpha |f|_1); the normalisation is differentiated through.
+    """
+
+    unit_decoder = False
+
+    def start(
+        self, n_features: int, d_model: int, mean: Tensor, generator: torch.Generator
+    ) -> Stack:
+        M = torch.empty(n_features, d_model)
+        torch.nn.init.xavier_uniform_(M, generator=generator)
+        return {"M": M, "b_enc": torch.zeros(n_features)}
+
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
+        norm = p["M"].norm(dim=2, keepdim=True).clamp(min=_LEAST_NORM)
+        W = p["M"] / norm
+        z = _encode(x, W, p["b_enc"])
+        f = at(z > 0, z)
+        error = f.decode(W) - x
+        divisor = x.numel() if hyper.mean_over_d else len(x)
+        g = error * (2 / divisor)
+        pulled = f.pull(g, W)
+        pulled = f.like(pulled.values + f.of_member(hyper.alpha / len(x)))
+        dW = f.transposed(g) + pulled.transposed(x.expand_as(error))
+        # d(M/|M|): only the part of dW across the row turns it; along the row the norm undoes it.
+        dM = dW.addcmul_(W, (dW * W).sum(dim=2, keepdim=True), value=-1.0).div_(norm)
+        squared = error.square().sum(dim=(1, 2))
+        loss = squared / divisor + hyper.alpha * f.sum_tokens().sum(dim=1) / len(x)
+        return _outcome(loss, squared, x, f, {"M": dM, "b_enc": pulled.sum_tokens()})
+
+    def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
+        rows = p["M"] / p["M"].norm(dim=1, keepdim=True).clamp(min=_LEAST_NORM)
+        return Dictionary.tied(rows, p["b_enc"], input_scale=scale)
+
+
+class Relu:
+    """An untied dictionary with an L1 penalty that decoder norms cannot evade.
+
+    f = ReLU(x W_enc^T + b_enc), x_hat = f W_dec + b_dec,
+    loss = mean_batch (|x_hat - x|^2 + alpha sum_i f_i |W_dec_i|), as in Anthropic's April 2024 update.
+    """
+
+    unit_decoder = False
+
+    def start(
+        self, n_features: int, d_model: int, mean: Tensor, generator: torch.Generator
+    ) -> Stack:
+        return _untied(n_features, d_model, mean, generator)
+
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
+        z = _encode(x, p["W_enc"], p["b_enc"])
+        f = at(z > 0, z)
+        error = f.decode(p["W_dec"]) + p["b_dec"][:, None] - x
+        divisor = x.numel() if hyper.mean_over_d else len(x)
+        g = error * (2 / divisor)
+        weight = hyper.alpha / len(x)
+        norm = p["W_dec"].norm(dim=2)
+        pulled = f.pull(g, p["W_dec"])
+        pulled = f.like(pulled.values + f.of_feature(weight[:, None] * norm))
+        total = f.sum_tokens()
+        shrink = weight[:, None] * total / norm.clamp(min=_LEAST_NORM)
+        gradients = {
+            "W_enc": pulled.transposed(x.expand_as(error)),
+            "b_enc": pulled.sum_tokens(),
+            "W_dec": f.transposed(g) + shrink[:, :, None] * p["W_dec"],
+            "b_dec": g.sum(dim=1),
+        }
+        squared = error.square().sum(dim=(1, 2))
+        loss = squared / divisor + weight * (total * norm).sum(dim=1)
+        return _outcome(loss, squared, x, f, gradients)
+
+    def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
+        return Dictionary(p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"], input_scale=scale)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest activations of each token (Gao et al., arXiv 2406.04093), or k per token of a batch (BatchTopK).
+
+    z = (x - b_dec) W_enc^T + b_enc, f = ReLU(z) where it is among the largest, x_hat = f W_dec + b_dec, of unit rows.
+    loss = sum |x_hat - x|^2 / V + w_aux sum |e_hat - e|^2 / sum |e|^2, where e = x - x_hat is taken as given and e_hat
+    is decoded from the `aux_k` largest activations of dead features. With `prefixes` the first term is the mean over
+    those first features alone, with b_dec (Matryoshka, arXiv 2503.17547).
+    """
+
+    over_batch: bool = False
+    unit_decoder: bool = field(default=True, init=False)
+
+    def start(
+        self, n_features: int, d_model: int, mean: Tensor, generator: torch.Generator
+    ) -> Stack:
+        return _untied(n_features, d_model, mean, generator)
+
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
+        z = _encode(x, p["W_enc"], _folded_bias(p))
+        chosen, least = self._choose(z, hyper.k)
+        ends = hyper.prefixes or (z.shape[2],)
+        parts = [slice(first, last) for first, last in zip((0, *ends), ends, strict=False)]
+        blocks = [at(chosen[:, :, part], z[:, :, part]) for part in parts]
+        decoders = [p["W_dec"][:, part] for part in parts]
+        variance = _variance(x)
+        error = p["b_dec"][:, None] - x
+        errors = []
+        for f, W in zip(blocks, decoders, strict=True):
+            error = error + f.decode(W)
+            errors.append(error)
+        squares = [e.square().sum(dim=(1, 2)) for e in errors]
+        loss = torch.stack(squares).sum(dim=0) / (len(parts) * variance)
+        # What a block decodes is part of every reconstruction from its own on.
+        g = torch.zeros_like(error)
+        encoder, decoder, bias = [], [], []
+        for f, W, e in reversed(list(zip(blocks, decoders, errors, strict=True))):
+            g = g + e * (2 / (len(parts) * variance))
+            pulled = f.pull(g, W)
+            encoder.append(pulled.transposed(x.expand_as(g)))
+            decoder.append(f.transposed(g))
+            bias.append(pulled.sum_tokens())
+        gradients = {
+            "W_enc": torch.cat(encoder[::-1], dim=1),
+            "b_enc": torch.cat(bias[::-1], dim=1),
+            "W_dec": torch.cat(decoder[::-1], dim=1),
+            "b_dec": g.sum(dim=1),
+        }
+        if hyper.aux_k and hyper.dead is not None and hyper.dead.any():
+            loss = loss + self._revive(p, x, z, error, hyper, gradients)
+        _uncentre(p, gradients)
+        _hold_unit_rows(p["W_dec"], gradients["W_dec"])
+        fired = torch.cat([f.fired() for f in blocks], dim=1)
+        count = torch.stack([f.count() for f in blocks]).sum(dim=0)
+        return Outcome(loss, count / len(x), squares[-1] / variance, fired, gradients, least)
+
+    def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
+        parts = p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"]
+        if not self.over_batch:
+            return Dictionary(*parts, Activation.TOP_K, scale, center_input=True, k=hyper.k[0])
+        threshold_of_all = torch.full_like(p["b_enc"], threshold)
+        return Dictionary(
+            *parts, Activation.JUMP_RELU, scale, center_input=True, threshold=threshold_of_all
+        )
+
+    def _choose(self, z: Tensor, k: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Which are active, and the smallest activation of each member."""
+        members, tokens, _ = z.shape
+        if self.over_batch:
+            found = [_nth_largest(own, tokens * n) for own, n in zip(z, k, strict=True)]
+            least = torch.stack(found).clamp(min=0.0)
+            return (z >= least[:, None, None]) & (z > 0), least
+        widest = max(k)
+        best = z.topk(widest, dim=2)
+        limit = torch.tensor(k, device=z.device)[:, None, None]
+        kept = (torch.arange(widest, device=z.device) < limit) & (best.values > 0)
+        chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(2, best.indices, kept)
+        return chosen, z.new_zeros(members)
+
+    def _revive(
+        self, p: Stack, x: Tensor, z: Tensor, error: Tensor, hyper: Hyper, gradients: Stack
+    ) -> Tensor:
+        """AuxK: adds its gradients and returns its loss."""
+        assert hyper.dead is not None
+        masked = z.masked_fill(~hyper.dead[:, None], float("-inf"))
+        best = masked.topk(min(hyper.aux_k, z.shape[2]), dim=2)
+        chosen = torch.zeros_like(z, dtype=torch.bool)
+        chosen.scatter_(2, best.indices, best.values > 0)
+        f = at(chosen, z)
+        missed = f.decode(p["W_dec"]) + error
+        total = error.square().sum(dim=(1, 2)).clamp(min=_LEAST_NORM)
+        weight = torch.where(hyper.dead.any(dim=1), hyper.aux_weight / total, 0.0)
+        g = missed * (2 * weight)[:, None, None]
+        pulled = f.pull(g, p["W_dec"])
+        gradients["W_enc"] += pulled.transposed(x.expand_as(g))
+        gradients["b_enc"] += pulled.sum_tokens()
+        gradients["W_dec"] += f.transposed(g)
+        return weight * missed.square().sum(dim=(1, 2))
+
+
+class JumpRelu:
+    """A threshold for each feature, learned (Rajamanoharan et al., arXiv 2407.14435).
+
+    z = x W_enc^T + b_enc, f = z where z > theta = exp(log_threshold), x_hat = f W_dec + b_dec, of unit rows.
+    loss = mean_batch (|x_hat - x|^2 + alpha L0). Thresholds take the paper's pseudo-derivatives, with a rectangle of
+    width `bandwidth` as kernel K: d f / d theta = -theta K, d L0 / d theta = -K.
+    """
+
+    unit_decoder = True
+
+    def start(
+        self, n_features: int, d_model: int, mean: Tensor, generator: torch.Generator
+    ) -> Stack:
+        found = _untied(n_features, d_model, mean, generator)
+        return found | {"log_threshold": torch.full((n_features,), -6.9)}
+
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
+        z = _encode(x, p["W_enc"], p["b_enc"])
+        threshold = p["log_threshold"].exp()
+        f = at(z > threshold[:, None], z)
+        error = f.decode(p["W_dec"]) + p["b_dec"][:, None] - x
+        g = error * (2 / len(x))
+        pulled = f.pull(g, p["W_dec"])
+        near = at((z - threshold[:, None]).abs() < hyper.bandwidth / 2, z)
+        weight = hyper.alpha / len(x)
+        felt = near.pull(g, p["W_dec"])
+        slope = felt.values * near.of_feature(threshold) + near.of_member(weight)
+        gradients = {
+            "W_enc": pulled.transposed(x.expand_as(error)),
+            "b_enc": pulled.sum_tokens(),
+            "W_dec": f.transposed(g),
+            "b_dec": g.sum(dim=1),
+            "log_threshold": -threshold / hyper.bandwidth * near.like(slope).sum_tokens(),
+        }
+        _hold_unit_rows(p["W_dec"], gradients["W_dec"])
+        squared = error.square().sum(dim=(1, 2))
+        loss = squared / len(x) + weight * f.count()
+        return _outcome(loss, squared, x, f, gradients)
+
+    def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
+        parts = p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"]
+        thresholds = p["log_threshold"].exp()
+        return Dictionary(*parts, Activation.JUMP_RELU, scale, threshold=thresholds)
+
+
+class Gated:
+    """Which features are active and how strongly, decided apart (Rajamanoharan et al., arXiv 2404.16014).
+
+    y = (x - b_dec) W_enc^T, gate = y + b_gate, f = ReLU(exp(r_mag) y + b_mag) where gate > 0,
+    x_hat = f W_dec + b_dec, of unit rows. loss = mean_batch (|x_hat - x|^2 + alpha sum ReLU(gate)
+    + |ReLU(gate) W_dec + b_dec - x|^2), where the last term takes W_dec and b_dec as given.
+    """
+
+    unit_decoder = True
+
+    def start(
+        self, n_features: int, d_model: int, mean: Tensor, generator: torch.Generator
+    ) -> Stack:
+        found = _untied(n_features, d_model, mean, generator)
+        zeros = found.pop("b_enc")
+        return found | {"b_gate": zeros, "b_mag": zeros.clone(), "r_mag": zeros.clone()}
+
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
+        y = _encode(x, p["W_enc"], -(p["W_enc"] @ p["b_dec"][:, :, None]).squeeze(2))
+        gain = p["r_mag"].exp()
+        strength = y * gain[:, None] + p["b_mag"][:, None]
+        gate = y + p["b_gate"][:, None]
+        f = at((gate > 0) & (strength > 0), strength)
+        h = at(gate > 0, gate)
+        error = f.decode(p["W_dec"]) + p["b_dec"][:, None] - x
+        aside = h.decode(p["W_dec"]) + p["b_dec"][:, None] - x
+        g = error * (2 / len(x))
+        weight = hyper.alpha / len(x)
+        pulled = f.pull(g, p["W_dec"])
+        through = f.like(pulled.values * f.of_feature(gain))
+        opened = h.pull(aside * (2 / len(x)), p["W_dec"])
+        opened = h.like(opened.values + h.of_member(weight))
+        # exp(r_mag) y is what is left of the strength without its bias.
+        by_gain = f.like(pulled.values * (f.values - f.of_feature(p["b_mag"])))
+        all_x = x.expand_as(error)
+        gradients = {
+            "W_enc": through.transposed(all_x) + opened.transposed(all_x),
+            "b_enc": through.sum_tokens() + opened.sum_tokens(),
+            "b_gate": opened.sum_tokens(),
+            "b_mag": pulled.sum_tokens(),
+            "r_mag": by_gain.sum_tokens(),
+            "W_dec": f.transposed(g),
+            "b_dec": g.sum(dim=1),
+        }
+        _uncentre(p, gradients)
+        del gradients["b_enc"]
+        _hold_unit_rows(p["W_dec"], gradients["W_dec"])
+        squared = error.square().sum(dim=(1, 2))
+        loss = (squared + aside.square().sum(dim=(1, 2))) / len(x)
+        loss = loss + weight * h.sum_tokens().sum(dim=1)
+        return _outcome(loss, squared, x, f, gradients)
+
+    def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
+        gate = p["W_enc"].T, p["b_gate"], p["r_mag"], p["b_mag"]
+        return Dictionary.gated(*gate, p["W_dec"], p["b_dec"], input_scale=scale)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "tied_relu": Tied(),
+    "relu": Relu(),
+    "top_k": TopK(),
+    "batch_top_k": TopK(over_batch=True),
+    "matryoshka": TopK(over_batch=True),
+    "jump_relu": JumpRelu(),
+    "gated": Gated(),
+}
+
+
+def prefixes(n_features: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Matryoshka's prefixes: `shares` of the features, the last of which is all of them."""
+    return tuple(sorted({max(1, round(share * n_features)) for share in (*shares, 1.0)}))
+
+
+def _untied(n_features: int, d_model: int, mean: Tensor, generator: torch.Generator) -> Stack:
+    """A decoder of random unit rows, its transpose as encoder, and the mean of x as decoder bias."""
+    W = torch.randn(n_features, d_model, generator=generator)
+    W /= W.norm(dim=1, keepdim=True)
+    return {"W_enc": W.clone(), "b_enc": torch.zeros(n_features), "W_dec": W, "b_dec": mean.clone()}
+
+
+def _encode(x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + bias of all members in one product, [members, tokens, features]."""
+    members = len(W)
+    if members == 1:
+        return torch.addmm(bias[0], x, W[0].T)[None]
+    return torch.baddbmm(bias[:, None], x.expand(members, -1, -1), W.mT)
+
+
+def _folded_bias(p: Stack) -> Tensor:
+    """(x - b_dec) W_enc^T + b_enc = x W_enc^T + this."""
+    return p["b_enc"] - (p["W_enc"] @ p["b_dec"][:, :, None]).squeeze(2)
+
+
+def _uncentre(p: Stack, gradients: Stack) -> None:
+    """Turns gradients with respect to x W_enc^T into those with respect to (x - b_dec) W_enc^T."""
+    sums = gradients["b_enc"]
+    gradients["W_enc"] -= sums[:, :, None] * p["b_dec"][:, None]
+    gradients["b_dec"] -= (sums[:, None] @ p["W_enc"]).squeeze(1)
+
+
+def _hold_unit_rows(W: Tensor, gradient: Tensor) -> None:
+    """Takes out of the gradient what would make rows longer or shorter."""
+    gradient -= (gradient * W).sum(dim=2, keepdim=True) * W
+
+
+def _variance(x: Tensor) -> Tensor:
+    return (x - x.mean(dim=0)).square().sum().clamp(min=_LEAST_NORM)
+
+
+def _outcome(loss: Tensor, squared: Tensor, x: Tensor, f: Active, gradients: Stack) -> Outcome:
+    l0, fvu = f.count() / len(x), squared / _variance(x)
+    return Outcome(loss, l0, fvu, f.fired(), gradients, torch.zeros_like(loss))
+
+
+def _nth_largest(z: Tensor, n: int) -> Tensor:
+    """The n-th largest of all numbers, or the smallest if there are fewer."""
+    flat = z.reshape(-1)
+    return flat.kthvalue(max(1, flat.numel() - n + 1)).values

@@ -1,0 +1,163 @@
+"""Dictionaries of one shape and architecture that train together: parameters, optimiser, schedules."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from steer_server.dictionary.dictionary import Dictionary
+from trainer.architectures import ARCHITECTURES, Hyper, Outcome, prefixes
+from trainer.config import TrainConfig
+from trainer.errors import BadCheckpoint, TrainerError
+from trainer.model import device
+
+_FREE = {"k", "alpha", "lr", "seed", "out"}
+"""What members of a stack may differ in."""
+_MEMORY = 0.999
+"""Of the running mean of BatchTopK's threshold."""
+
+
+def stacks(configs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
+    """The configurations of one pass, those together that may train as one stack."""
+    common = [field.name for field in fields(TrainConfig) if field.name not in _FREE]
+    found: dict[str, list[TrainConfig]] = {}
+    for config in configs:
+        found.setdefault(config.digest(common), []).append(config)
+    return list(found.values())
+
+
+class Stack:
+    """Everything that changes while they train.
+
+    Random numbers are drawn from the seeds for the first weights only, so `step` is all the random state there is.
+    """
+
+    def __init__(self, configs: Sequence[TrainConfig], mean: Tensor, steps: int) -> None:
+        """`mean` is that of x as it comes to `advance`; `steps` are those of the whole training."""
+        first = configs[0]
+        self.configs = list(configs)
+        self.steps = steps
+        self.step = 0
+        d_model = len(mean)
+        self._architecture = ARCHITECTURES[first.architecture]
+        members = [
+            self._architecture.start(
+                config.n_features, d_model, mean, torch.Generator().manual_seed(config.seed)
+            )
+            for config in configs
+        ]
+        self.parameters = {
+            name: torch.stack([member[name] for member in members]).to(device())
+            for name in members[0]
+        }
+        self.quiet = torch.zeros(len(configs), first.n_features, dtype=torch.int64, device=device())
+        """Tokens since each feature was last active."""
+        self.threshold = torch.zeros(len(configs), device=device())
+        self._alpha = torch.tensor([config.alpha for config in configs], device=device())
+        self._hyper = Hyper(
+            self._alpha,
+            tuple(config.k for config in configs),
+            first.loss_reduction == "mean",
+            {0: d_model // 2, -1: 0}.get(first.aux_k, first.aux_k),
+            bandwidth=first.bandwidth * math.sqrt(d_model),
+            prefixes=prefixes(first.n_features, first.prefixes)
+            if first.architecture == "matryoshka"
+            else (),
+        )
+        # Each member's slices are parameters of their own, so that each may have its own learning rate.
+        self._slices = [
+            {name: stacked[member] for name, stacked in self.parameters.items()}
+            for member in range(len(configs))
+        ]
+        self._optimiser = torch.optim.Adam(
+            [{"params": list(slices.values())} for slices in self._slices], fused=True
+        )
+
+    def advance(self, x: Tensor) -> Outcome:
+        """One step on a batch; TrainerError if it leads out of the numbers."""
+        first = self.configs[0]
+        warm = min(1.0, (self.step + 1) / first.sparsity_warmup) if first.sparsity_warmup else 1.0
+        hyper = replace(self._hyper, alpha=self._alpha * warm, dead=self.quiet >= first.dead_after)
+        outcome = self._architecture.step(self.parameters, x, hyper)
+        if not outcome.loss.isfinite().all():
+            lost = [
+                c.out
+                for c, loss in zip(self.configs, outcome.loss, strict=True)
+                if not loss.isfinite()
+            ]
+            raise TrainerError(
+                f"the loss of {', '.join(lost)} is not finite at step {self.step}; the checkpoint before it is "
+                "kept: use a smaller lr"
+            )
+        self._clip(outcome.gradients, first.clip)
+        factor = self._factor(first)
+        for member, (config, group) in enumerate(
+            zip(self.configs, self._optimiser.param_groups, strict=True)
+        ):
+            group["lr"] = config.learning_rate * factor
+            for name, parameter in self._slices[member].items():
+                parameter.grad = outcome.gradients[name][member]
+        self._optimiser.step()
+        if self._architecture.unit_decoder:
+            W = self.parameters["W_dec"]
+            W /= W.norm(dim=2, keepdim=True).clamp(min=1e-8)
+        self.quiet += len(x)
+        self.quiet[outcome.fired] = 0
+        self.threshold.lerp_(outcome.least_active, 1 - _MEMORY)
+        self.step += 1
+        return outcome
+
+    def dictionaries(self, scale: float) -> list[Dictionary]:
+        """By member; x was multiplied by `scale` before training."""
+        # The running mean began at 0.
+        seen = 1 - _MEMORY**self.step
+        found = []
+        for member, slices in enumerate(self._slices):
+            hyper = replace(self._hyper, k=self._hyper.k[member : member + 1])
+            parameters = {name: value.cpu() for name, value in slices.items()}
+            threshold = float(self.threshold[member]) / seen
+            found.append(self._architecture.dictionary(parameters, scale, hyper, threshold))
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        found = {f"p.{name}": value for name, value in self.parameters.items()}
+        found |= {"quiet": self.quiet, "threshold": self.threshold}
+        for member, slices in enumerate(self._slices):
+            for name, parameter in slices.items():
+                for key, value in self._optimiser.state[parameter].items():
+                    found[f"adam.{member}.{name}.{key}"] = value
+        return found
+
+    def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `tensors` returned after that step; BadCheckpoint if it is not of this stack."""
+        self.step = step
+        for name, value in self.parameters.items():
+            value.copy_(tensors[f"p.{name}"])
+        self.quiet.copy_(tensors["quiet"])
+        self.threshold.copy_(tensors["threshold"])
+        for member, slices in enumerate(self._slices):
+            for name, parameter in slices.items():
+                kept = f"adam.{member}.{name}."
+                state = {k.removeprefix(kept): v for k, v in tensors.items() if k.startswith(kept)}
+                if not state:
+                    raise BadCheckpoint(f"it has no {kept}*")
+                self._optimiser.state[parameter] = {k: v.to(device()) for k, v in state.items()}
+
+    def _factor(self, config: TrainConfig) -> float:
+        """Of the learning rate at this step."""
+        rise = min(1.0, (self.step + 1) / config.warmup) if config.warmup else 1.0
+        left = (self.steps - self.step) / max(1.0, config.decay * self.steps)
+        return rise * min(1.0, left) if config.decay else rise
+
+    def _clip(self, gradients: dict[str, Tensor], longest: float) -> None:
+        if not longest:
+            return
+        squares = [g.square().flatten(1).sum(dim=1) for g in gradients.values()]
+        norm = torch.stack(squares).sum(dim=0).sqrt()
+        factor = (longest / norm.clamp(min=1e-12)).clamp(max=1.0)
+        if (factor < 1).any():
+            for gradient in gradients.values():
+                gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
