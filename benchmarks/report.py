@@ -1,7 +1,7 @@
-"""The README's tables, from the committed results of the benchmarks.
+"""What the pages say of speed, from the committed results of the benchmarks.
 
-python benchmarks/report.py          prints them
-python benchmarks/report.py --write  puts them into README.md, between their markers
+python benchmarks/report.py          prints it
+python benchmarks/report.py --write  puts it into README.md and benchmarks/README.md, between its markers
 """
 
 import json
@@ -12,7 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = {"README.md": ("costs",), "benchmarks/README.md": ("serving_overhead",)}
+"""Markers by page."""
 
 CASES = {
     "null": "plain vLLM against itself",
@@ -33,11 +34,30 @@ LOADS = {
 }
 
 
+def costs() -> str:
+    """The share of time in which steer's own code ran, over all loads and modes."""
+    results = _results()
+    lines = ["| | steer's own share of the time |", "|---|---|"]
+    for case, name in CASES.items():
+        shares = [
+            100 * (1 - result[load]["without_own_time"][case])
+            for result in results
+            for load in LOADS
+            if case in result[load]["without_own_time"]
+        ]
+        if shares:
+            lines.append(f"| {name} | {min(shares):.1f} to {max(shares):.1f} % |")
+    return "\n".join(lines)
+
+
 def serving_overhead() -> str:
     """Speed against plain vLLM: for each mode a table, a row a case and a column a load."""
-    paths = [RESULTS / f"{name}.json" for name in ("serving_overhead", "serving_overhead_compiled")]
-    results = [json.loads(path.read_text()) for path in paths if path.exists()]
-    return "\n\n".join(map(_overhead, results))
+    return "\n\n".join(map(_overhead, _results()))
+
+
+def _results() -> list[dict[str, Any]]:
+    names = ("serving_overhead", "serving_overhead_compiled")
+    return [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
 
 
 def _overhead(result: dict[str, Any]) -> str:
@@ -62,25 +82,27 @@ def _cell(found: dict[str, Any], case: str) -> str:
     return f"{found['ratios'][case]:.2f}" + ("" if own is None else f" / {own:.3f}")
 
 
-TABLES = {"serving_overhead": serving_overhead}
+TABLES = {"costs": costs, "serving_overhead": serving_overhead}
 
 
-def filled(readme: str) -> str:
-    """The README with every table between its markers made anew."""
-    for name, table in TABLES.items():
-        content = table()
+def filled(page: str) -> str:
+    """The page's text with every table between its markers made anew."""
+    text = (ROOT / page).read_text()
+    for name in PAGES[page]:
+        content = TABLES[name]()
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        readme, count = re.subn(
-            pattern, lambda match, text=content: f"{match[1]}{text}\n{match[2]}", readme, flags=re.S
+        text, count = re.subn(
+            pattern, lambda match, table=content: f"{match[1]}{table}\n{match[2]}", text, flags=re.S
         )
         if count != 1:
-            raise ValueError(f"README.md must have the markers of {name} once; it has {count}")
-    return readme
+            raise ValueError(f"{page} must have the markers of {name} once; it has {count}")
+    return text
 
 
 if __name__ == "__main__":
-    text = filled(README.read_text())
-    if sys.argv[1:] == ["--write"]:
-        README.write_text(text)
-    else:
-        print(text)
+    for page in PAGES:
+        text = filled(page)
+        if sys.argv[1:] == ["--write"]:
+            (ROOT / page).write_text(text)
+        else:
+            print(text)

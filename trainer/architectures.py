@@ -40,6 +40,8 @@ class Hyper:
     """Matryoshka: the numbers of features that reconstruct on their own, ascending; the last is all."""
     dead: Tensor | None = None
     """Which features AuxK is for, [members, features]."""
+    guess: Float[Tensor, " members"] | None = None
+    """Below the smallest activation that BatchTopK will let through, most likely; a wrong one costs time."""
 
 
 class Outcome(NamedTuple):
@@ -177,7 +179,7 @@ class TopK:
 
     def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
         z = _encode(x, p["W_enc"], _folded_bias(p))
-        chosen, least = self._choose(z, hyper.k)
+        chosen, least = self._choose(z, hyper)
         ends = hyper.prefixes or (z.shape[2],)
         parts = [slice(first, last) for first, last in zip((0, *ends), ends, strict=False)]
         blocks = [at(chosen[:, :, part], z[:, :, part]) for part in parts]
@@ -222,16 +224,20 @@ class TopK:
             *parts, Activation.JUMP_RELU, scale, center_input=True, threshold=threshold_of_all
         )
 
-    def _choose(self, z: Tensor, k: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _choose(self, z: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
         """Which are active, and the smallest activation of each member."""
         members, tokens, _ = z.shape
         if self.over_batch:
-            found = [_nth_largest(own, tokens * n) for own, n in zip(z, k, strict=True)]
-            least = torch.stack(found).clamp(min=0.0)
-            return (z >= least[:, None, None]) & (z > 0), least
-        widest = max(k)
+            guesses = z.new_zeros(members) if hyper.guess is None else hyper.guess
+            found = [
+                _nth_largest(own, tokens * k, guess)
+                for own, k, guess in zip(z, hyper.k, guesses, strict=True)
+            ]
+            least = torch.stack(found)
+            return (z >= least[:, None, None]) & (z > 0), least.clamp(min=0.0)
+        widest = max(hyper.k)
         best = z.topk(widest, dim=2)
-        limit = torch.tensor(k, device=z.device)[:, None, None]
+        limit = torch.tensor(hyper.k, device=z.device)[:, None, None]
         kept = (torch.arange(widest, device=z.device) < limit) & (best.values > 0)
         chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(2, best.indices, kept)
         return chosen, z.new_zeros(members)
@@ -416,7 +422,9 @@ def _outcome(loss: Tensor, squared: Tensor, x: Tensor, f: Active, gradients: Sta
     return Outcome(loss, l0, fvu, f.fired(), gradients, torch.zeros_like(loss))
 
 
-def _nth_largest(z: Tensor, n: int) -> Tensor:
+def _nth_largest(z: Tensor, n: int, guess: Tensor) -> Tensor:
     """The n-th largest of all numbers, or the smallest if there are fewer."""
-    flat = z.reshape(-1)
-    return flat.kthvalue(max(1, flat.numel() - n + 1)).values
+    candidates = z[z > guess]
+    if len(candidates) < n:
+        candidates = z.flatten()
+    return candidates.topk(min(n, len(candidates)), sorted=False).values.min()

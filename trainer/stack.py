@@ -55,6 +55,7 @@ class Stack:
         self.quiet = torch.zeros(len(configs), first.n_features, dtype=torch.int64, device=device())
         """Tokens since each feature was last active."""
         self.threshold = torch.zeros(len(configs), device=device())
+        self._guess = torch.zeros(len(configs), device=device())
         self._alpha = torch.tensor([config.alpha for config in configs], device=device())
         self._hyper = Hyper(
             self._alpha,
@@ -79,7 +80,12 @@ class Stack:
         """One step on a batch; TrainerError if it leads out of the numbers."""
         first = self.configs[0]
         warm = min(1.0, (self.step + 1) / first.sparsity_warmup) if first.sparsity_warmup else 1.0
-        hyper = replace(self._hyper, alpha=self._alpha * warm, dead=self.quiet >= first.dead_after)
+        hyper = replace(
+            self._hyper,
+            alpha=self._alpha * warm,
+            dead=self.quiet >= first.dead_after,
+            guess=self._guess,
+        )
         outcome = self._architecture.step(self.parameters, x, hyper)
         if not outcome.loss.isfinite().all():
             lost = [
@@ -106,6 +112,7 @@ class Stack:
         self.quiet += len(x)
         self.quiet[outcome.fired] = 0
         self.threshold.lerp_(outcome.least_active, 1 - _MEMORY)
+        self._guess = 0.9 * outcome.least_active
         self.step += 1
         return outcome
 

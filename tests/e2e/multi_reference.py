@@ -131,7 +131,9 @@ def preactivations(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
 def activations(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
     """f, and which of them rounding decides; [rows, n_features]."""
     z, threshold = preactivations(dictionary, x)
-    return torch.where(z > threshold, z, 0.0), (z - threshold).abs() < CLOSE
+    # Without a threshold a feature is active unless it is 0, which rounding decides where an edit has made it so.
+    edge = torch.where(threshold.isfinite(), threshold, 0.0)
+    return torch.where(z > threshold, z, 0.0), (z - edge).abs() < CLOSE
 
 
 def margin(dictionary: Dictionary, x: Tensor) -> Tensor:

@@ -248,9 +248,7 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
         for report, entry in zip(reports, program.edits, strict=True):
             assert report.tokens_in_scope == entry.where.mask(0, total, PROMPT, tokens).sum()
             alone, site = Program((entry,)), saved[entry.dictionary].site
-            changed = [
-                change_at(saved, alone, batch, f"r{i}", site, p).any() for p in range(total)
-            ]
+            changed = [change_at(saved, alone, batch, f"r{i}", site, p).any() for p in range(total)]
             assert report.tokens_changed == sum(map(int, changed))
 
 
