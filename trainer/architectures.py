@@ -34,7 +34,7 @@ class Hyper:
     aux_k: int = 0
     """Dead features that AuxK lets explain the error; 0: none."""
     aux_weight: float = 1 / 32
-    bandwidth: float = 1e-3
+    bandwidth: float = 0.25
     """Of the kernel that gives JumpReLU's thresholds a gradient."""
     prefixes: tuple[int, ...] = ()
     """Matryoshka: the numbers of features that reconstruct on their own, ascending; the last is all."""
@@ -277,7 +277,8 @@ class JumpRelu:
         self, n_features: int, d_model: int, mean: Tensor, generator: torch.Generator
     ) -> Stack:
         found = _untied(n_features, d_model, mean, generator)
-        return found | {"log_threshold": torch.full((n_features,), -6.9)}
+        # Half of what random directions vary by: from far below, thresholds do not find their way in a short training.
+        return found | {"log_threshold": torch.full((n_features,), 0.5).log()}
 
     def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
         z = _encode(x, p["W_enc"], p["b_enc"])

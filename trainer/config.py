@@ -87,8 +87,8 @@ class TrainConfig:
     """Dead features that help to explain the error, of those with a k; 0 stands for half of d_model, -1 for none."""
     dead_after: int = 200_000
     """Tokens without activation after which a feature counts as dead."""
-    bandwidth: float = 1e-3
-    """Of the kernel that gives jump_relu's thresholds a gradient, for activations of unit length."""
+    bandwidth: float = 0.25
+    """Of the kernel that gives jump_relu's thresholds a gradient; along random directions, scaled activations vary by 1."""
     prefixes: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5)
     """Shares of the features that reconstruct on their own in a matryoshka."""
     context: int = 256

@@ -1,6 +1,5 @@
 """Dictionaries of one shape and architecture that train together: parameters, optimiser, schedules."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
@@ -62,7 +61,7 @@ class Stack:
             tuple(config.k for config in configs),
             first.loss_reduction == "mean",
             {0: d_model // 2, -1: 0}.get(first.aux_k, first.aux_k),
-            bandwidth=first.bandwidth * math.sqrt(d_model),
+            bandwidth=first.bandwidth,
             prefixes=prefixes(first.n_features, first.prefixes)
             if first.architecture == "matryoshka"
             else (),
