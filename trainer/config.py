@@ -22,7 +22,6 @@ from trainer.errors import BadConfig
 # What the stored activations depend on; runs that share these share the harvest.
 HARVEST_FIELDS = (
     "model",
-    "site",
     "corpus",
     "holdout_every",
     "context",
@@ -34,7 +33,7 @@ HARVEST_FIELDS = (
     "data_seed",
     "threads",
 )
-SWEPT = ("architecture", "n_features", "k", "alpha", "lr", "seed")
+SWEPT = ("site", "architecture", "n_features", "k", "alpha", "lr", "seed")
 PASS_FIELDS = (*HARVEST_FIELDS, "batch", "epochs", "normalise_input")
 """What dictionaries that are trained in one pass have in common."""
 Architecture = Literal[
@@ -194,8 +193,7 @@ def expand(content: Mapping[str, Any]) -> list[TrainConfig]:
     for values in product(*lists.values()):
         chosen = dict(zip(lists, values, strict=True))
         name = "-".join(
-            str(value) if key == "architecture" else f"{key}{value}"
-            for key, value in chosen.items()
+            value if isinstance(value, str) else f"{key}{value}" for key, value in chosen.items()
         )
         out = f"{content.get('out', '')}/{name}"
         found.append(from_mapping({**content, **chosen, "out": out}))

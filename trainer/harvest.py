@@ -1,6 +1,7 @@
-"""The model's activations at one site, on disk once, for as many dictionaries as one likes."""
+"""The model's activations at its sites, on disk once, for as many dictionaries as one likes."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from steer_server.dictionary.site import Site
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, TrainerError
 from trainer.files import whole_file, write_json
-from trainer.model import load_model, load_tokenizer, read_site, truncate
+from trainer.model import load_model, load_tokenizer, read_sites, truncate
 from trainer.stop import Stop
 from trainer.tokens import pack
 
@@ -59,34 +60,42 @@ class Activations:
         return x
 
 
-def harvest(config: TrainConfig, folder: Path, stop: Stop) -> Activations:
-    """The activations in `folder`, harvested as far as they are not there yet.
+def harvest(
+    config: TrainConfig, sites: Sequence[Site], folder: Path, stop: Stop
+) -> dict[Site, Activations]:
+    """The activations in `folder` of each site, harvested as far as they are not there yet.
 
-    Each shard is written whole; a stop loses at most the shard in progress.
+    The model runs once for all sites that lack the same shards. Each shard is written whole; a stop loses at most the
+    shard in progress.
     """
     tokens = _tokens(config, folder, stop)
     contexts = tokens["train"]
-    count = -(-len(contexts) // SHARD_CONTEXTS)
-    paths = [folder / f"shard-{number:05d}.safetensors" for number in range(count)]
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        site = Site.parse(config.site)
-        model = truncate(load_model(config.model), site)
-        max_norm = _max_norm(config, folder, model, site, contexts)
-        done = len(contexts) - sum(_length(contexts, paths.index(path)) for path in missing)
+    shards = contexts.split(SHARD_CONTEXTS)
+    lacking = {
+        number: [site for site in sites if not _shard(folder, site, number).exists()]
+        for number in range(len(shards))
+    }
+    if any(lacking.values()):
+        model = truncate(load_model(config.model), sites)
+        _find_max_norms(config, folder, model, sites, contexts)
+        done = sum(len(shards[number]) for number, those in lacking.items() if not those)
         with tqdm(
-            desc=f"harvest {site}",
+            desc=f"harvest {', '.join(map(str, sites))}",
             total=contexts.numel(),
             initial=done * config.context,
             unit=" tokens",
         ) as bar:
-            for path in missing:
-                number = paths.index(path)
-                here = contexts[number * SHARD_CONTEXTS :][:SHARD_CONTEXTS]
-                start = number * SHARD_CONTEXTS * config.context
-                _write_shard(config, path, model, site, here, start, max_norm, bar, stop)
-    max_norm = json.loads((folder / META).read_text(encoding="utf-8"))["max_norm"]
-    return _open(paths, tokens, max_norm)
+            for number, those in lacking.items():
+                if those:
+                    _write_shards(config, folder, model, those, number, shards[number], bar, stop)
+    return {
+        site: _open(
+            [_shard(folder, site, number) for number in range(len(shards))],
+            tokens,
+            _max_norm(folder, site),
+        )
+        for site in sites
+    }
 
 
 def kept(config: TrainConfig, x: Tensor, max_norm: float) -> Tensor:
@@ -105,50 +114,64 @@ def _tokens(config: TrainConfig, folder: Path, stop: Stop) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _max_norm(
-    config: TrainConfig, folder: Path, model: nn.Module, site: Site, contexts: Tensor
-) -> float:
-    """`max_norm_ratio` medians of |x| over the first contexts, found once per harvest."""
-    if not (folder / META).exists():
-        x = read_site(model, site, contexts[:FORWARD_CONTEXTS])[:, config.skip_positions :]
-        max_norm = x.float().norm(dim=-1).median().item() * config.max_norm_ratio
-        write_json(folder / META, {"max_norm": max_norm, "site": str(site), "model": config.model})
-    return json.loads((folder / META).read_text(encoding="utf-8"))["max_norm"]
+def _shard(folder: Path, site: Site, number: int) -> Path:
+    return folder / str(site) / f"shard-{number:05d}.safetensors"
 
 
-def _length(contexts: Tensor, shard: int) -> int:
-    return len(contexts[shard * SHARD_CONTEXTS :][:SHARD_CONTEXTS])
+def _max_norm(folder: Path, site: Site) -> float:
+    return json.loads((folder / str(site) / META).read_text(encoding="utf-8"))["max_norm"]
 
 
-def _write_shard(
+def _find_max_norms(
+    config: TrainConfig, folder: Path, model: nn.Module, sites: Sequence[Site], contexts: Tensor
+) -> None:
+    """`max_norm_ratio` medians of |x| over the first contexts, found once per site."""
+    new = [site for site in sites if not (folder / str(site) / META).exists()]
+    if not new:
+        return
+    found = read_sites(model, new, contexts[:FORWARD_CONTEXTS])
+    for site, x in zip(new, found, strict=True):
+        median = x[:, config.skip_positions :].float().norm(dim=-1).median().item()
+        content = {"max_norm": median * config.max_norm_ratio, "site": str(site)}
+        write_json(folder / str(site) / META, content | {"model": config.model})
+
+
+def _write_shards(
     config: TrainConfig,
-    path: Path,
+    folder: Path,
     model: nn.Module,
-    site: Site,
+    sites: Sequence[Site],
+    number: int,
     contexts: Tensor,
-    start: int,
-    max_norm: float,
     bar: tqdm,
     stop: Stop,
 ) -> None:
-    values: list[Tensor] = []
-    rows: list[Tensor] = []
+    """The shard of that number, of each of the sites."""
+    paths = {site: _shard(folder, site, number) for site in sites}
+    kinds: dict[Site, tuple[list[Tensor], list[Tensor]]] = {site: ([], []) for site in sites}
+    start = number * SHARD_CONTEXTS * config.context
     for batch in contexts.split(FORWARD_CONTEXTS):
-        x = read_site(model, site, batch)
-        keep = kept(config, x, max_norm)
-        stored = x[keep].to(getattr(torch, config.activation_dtype)).cpu()
-        if not stored.isfinite().all():
-            raise TrainerError(
-                f"an activation of {x[keep].abs().max().item():.3g} at {site} overflows "
-                f"{config.activation_dtype}; set activation_dtype to bfloat16 or float32"
-            )
-        values.append(stored)
-        rows.append(keep.flatten().nonzero().squeeze(1).cpu() + start)
+        for site, x in zip(sites, read_sites(model, sites, batch), strict=True):
+            keep = kept(config, x, _max_norm(folder, site))
+            values, rows = kinds[site]
+            values.append(_stored(config, site, x[keep]))
+            rows.append(keep.flatten().nonzero().squeeze(1).cpu() + start)
         start += batch.numel()
         bar.update(batch.numel())
-        stop.check(f"the harvest has every shard before {path.name}")
-    with whole_file(path) as fresh:
-        save_file({"x": torch.cat(values), "row": torch.cat(rows).to(torch.int32)}, fresh)
+        stop.check(f"the harvest has every shard before {paths[sites[0]].name}")
+    for site, (values, rows) in kinds.items():
+        with whole_file(paths[site]) as fresh:
+            save_file({"x": torch.cat(values), "row": torch.cat(rows).to(torch.int32)}, fresh)
+
+
+def _stored(config: TrainConfig, site: Site, x: Tensor) -> Tensor:
+    stored = x.to(getattr(torch, config.activation_dtype)).cpu()
+    if not stored.isfinite().all():
+        raise TrainerError(
+            f"an activation of {x.abs().max().item():.3g} at {site} overflows "
+            f"{config.activation_dtype}; set activation_dtype to bfloat16 or float32"
+        )
+    return stored
 
 
 def _open(paths: list[Path], tokens: dict[str, Tensor], max_norm: float) -> Activations:

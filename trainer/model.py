@@ -1,7 +1,7 @@
 """The language model as the trainer sees it: one site to read, or to replace, and nothing after it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,13 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
     raise BadConfig(f"{type(layer).__name__} has no child named {_SUBLAYERS[site.stream]}")
 
 
-def truncate(model: nn.Module, site: Site) -> nn.Module:
-    """The model without its head and without the layers after the site; their memory can be freed."""
-    site_module(model, site)
+def truncate(model: nn.Module, sites: Sequence[Site]) -> nn.Module:
+    """The model without its head and without the layers after the last site; their memory can be freed."""
+    for site in sites:
+        site_module(model, site)
     body = model.get_submodule(str(getattr(model, "base_model_prefix", "")))
     layers = decoder_layers(body)
-    del layers[site.layer + 1 :]
+    del layers[max(site.layer for site in sites) + 1 :]
     return body
 
 
@@ -112,13 +113,14 @@ def site_hook(
         handle.remove()
 
 
-def read_site(model: nn.Module, site: Site, contexts: Tensor) -> Tensor:
-    """The site's tensor, contexts x positions x d_model, for contexts that are full to the end."""
-    seen: list[Tensor] = []
-    with site_hook(model, site, seen.append), torch.inference_mode():
+def read_sites(model: nn.Module, sites: Sequence[Site], contexts: Tensor) -> list[Tensor]:
+    """The sites' tensors, contexts x positions x d_model, in one pass over contexts that are full to the end."""
+    seen: list[list[Tensor]] = [[] for _ in sites]
+    with ExitStack() as hooks, torch.inference_mode():
+        for site, found in zip(sites, seen, strict=True):
+            hooks.enter_context(site_hook(model, site, found.append))
         model(input_ids=contexts.to(device()), use_cache=False)
-    (x,) = seen
-    return x
+    return [x for (x,) in seen]
 
 
 def _file(name: str, file: str) -> Path:

@@ -28,7 +28,7 @@ from trainer.train import train
 
 
 def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
-    """Harvest, train all dictionaries in one pass, then evaluate, interpret and save each.
+    """Harvest all sites in one pass, train a site's dictionaries in one pass, then evaluate, interpret and save each.
 
     Each stage goes on where it was broken off. Intermediate files lie in `runs`, under names that stand for the
     settings they depend on. Dictionaries that are there already are left alone.
@@ -43,14 +43,21 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
     if all((Path(config.out) / CARD).exists() for config in configs):
         return [_finished(config) for config in configs]
     torch.set_num_threads(first.threads)
-    activations = harvest(first, runs / f"activations-{first.harvest_digest}", stop)
-    made = train(configs, activations, runs / f"training-{digest(configs)}", stop)
+    sites = sorted({Site.parse(config.site) for config in configs})
+    harvested = harvest(first, sites, runs / f"activations-{first.harvest_digest}", stop)
+    made: dict[str, Dictionary] = {}
+    for site, activations in harvested.items():
+        here = [config for config in configs if config.site == str(site)]
+        folder = runs / f"training-{digest(here)}"
+        made |= zip([c.out for c in here], train(here, activations, folder, stop), strict=True)
     model, tokenizer = load_model(first.model), load_tokenizer(first.model)
     return [
         _finished(config)
         if (Path(config.out) / CARD).exists()
-        else _finish(config, dictionary, activations, model, tokenizer, stop)
-        for config, dictionary in zip(configs, made, strict=True)
+        else _finish(
+            config, made[config.out], harvested[Site.parse(config.site)], model, tokenizer, stop
+        )
+        for config in configs
     ]
 
 

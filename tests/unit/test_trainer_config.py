@@ -79,7 +79,8 @@ def test_runs_share_a_harvest_unless_the_activations_differ() -> None:
     assert config.harvest_digest == other_k.harvest_digest
     assert digest([config]) != digest([other_k])
     assert digest([config]) == digest([from_mapping(GOOD | {"out": "elsewhere"})])
-    assert config.harvest_digest != from_mapping(GOOD | {"site": "mlp_out.3"}).harvest_digest
+    assert config.harvest_digest == from_mapping(GOOD | {"site": "mlp_out.3"}).harvest_digest
+    assert config.harvest_digest != from_mapping(GOOD | {"context": 64}).harvest_digest
 
 
 def test_the_shipped_configuration_is_valid() -> None:

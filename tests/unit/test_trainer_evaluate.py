@@ -12,7 +12,7 @@ from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import write_model
 from trainer.evaluate import describe, evaluate
 from trainer.interpret import Survey, _varied, logit_effects
-from trainer.model import load_model, read_site, site_hook
+from trainer.model import load_model, read_sites, site_hook
 from trainer.stop import Stop
 
 SITE = Site.parse("resid_post.1")
@@ -83,7 +83,7 @@ def test_activations_longer_than_the_bound_are_left_as_they_are(
     model: torch.nn.Module, contexts: Tensor
 ) -> None:
     silent = Dictionary.tied(torch.eye(16), torch.full((16,), -1e9))
-    norms = read_site(model, SITE, contexts)[:, 1:].norm(dim=-1)
+    norms = read_sites(model, [SITE], contexts)[0][:, 1:].norm(dim=-1)
     bound = norms.median().item()
 
     quality = evaluate(model, SITE, silent, contexts, 1, bound, Stop())
@@ -95,7 +95,7 @@ def test_the_fvu_is_the_share_of_variance_that_is_missing(
     model: torch.nn.Module, contexts: Tensor
 ) -> None:
     half = Dictionary.tied(torch.cat([torch.eye(16)[:8], -torch.eye(16)[:8]]), torch.zeros(16))
-    x = read_site(model, SITE, contexts)[:, 1:].flatten(0, 1)
+    x = read_sites(model, [SITE], contexts)[0][:, 1:].flatten(0, 1)
     missing = x[:, 8:].square().sum() / (x - x.mean(dim=0)).square().sum()
 
     quality = evaluate(model, SITE, half, contexts, 1, float("inf"), Stop())

@@ -20,8 +20,8 @@ from trainer.architectures import ARCHITECTURES, TopK
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig, Interrupted, TrainerError
-from trainer.harvest import harvest
-from trainer.model import decoder_layers, load_model, read_site, truncate
+from trainer.harvest import Activations, harvest
+from trainer.model import decoder_layers, load_model, read_sites, truncate
 from trainer.run import evaluate_again, label, run
 from trainer.stop import Stop
 from trainer.train import CHECKPOINT, METRICS, train
@@ -46,6 +46,12 @@ def config(model_folder: Path, tmp_path: Path) -> TrainConfig:
     return tiny_config(model_folder, tmp_path)
 
 
+def harvested(config: TrainConfig, folder: Path, stop: Stop) -> Activations:
+    """Of the one site of the configuration."""
+    (activations,) = harvest(config, [Site.parse(config.site)], folder, stop).values()
+    return activations
+
+
 def sweep(config: TrainConfig) -> list[TrainConfig]:
     """Two dictionaries of each architecture; features die soon, so that AuxK has work."""
     found = []
@@ -64,7 +70,7 @@ def test_training_broken_off_twice_ends_in_the_same_bytes(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     configs = sweep(config)
-    activations = harvest(config, tmp_path / "activations", Stop())
+    activations = harvested(config, tmp_path / "activations", Stop())
     unbroken = train(configs, activations, tmp_path / "unbroken", Stop())
 
     for step in (1, 70):
@@ -88,7 +94,7 @@ def test_training_broken_off_twice_ends_in_the_same_bytes(
 def test_training_lowers_the_loss_and_keeps_rows_of_unit_norm(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    activations = harvest(config, tmp_path / "activations", Stop())
+    activations = harvested(config, tmp_path / "activations", Stop())
     (dictionary,) = train([replace(config, epochs=6)], activations, tmp_path / "training", Stop())
 
     x = activations.gather(torch.arange(500))
@@ -103,7 +109,7 @@ def test_a_harvest_broken_off_goes_on_at_the_next_shard(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.harvest.SHARD_CONTEXTS", 16)
-    whole = harvest(config, tmp_path / "whole", Stop())
+    whole = harvested(config, tmp_path / "whole", Stop())
 
     class StopAtThirdShard(Stop):
         def check(self, done: str) -> None:
@@ -111,9 +117,9 @@ def test_a_harvest_broken_off_goes_on_at_the_next_shard(
             super().check(done)
 
     with pytest.raises(Interrupted, match="shard-00002"):
-        harvest(config, tmp_path / "broken", StopAtThirdShard())
-    left = sorted(path.name for path in (tmp_path / "broken").glob("shard-*"))
-    resumed = harvest(config, tmp_path / "broken", Stop())
+        harvested(config, tmp_path / "broken", StopAtThirdShard())
+    left = sorted(path.name for path in (tmp_path / "broken").glob("*/shard-*"))
+    resumed = harvested(config, tmp_path / "broken", Stop())
 
     assert left == ["shard-00000.safetensors", "shard-00001.safetensors"]
     assert len(resumed.shards) > 2
@@ -123,12 +129,12 @@ def test_a_harvest_broken_off_goes_on_at_the_next_shard(
 def test_no_row_of_position_0_is_harvested_and_each_row_knows_its_place(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    activations = harvest(config, tmp_path / "activations", Stop())
+    activations = harvested(config, tmp_path / "activations", Stop())
 
     row = activations.rows[0][40].item()
     context, position = divmod(row, config.context)
     model = load_model(config.model)
-    x = read_site(model, Site.parse(config.site), activations.train[context : context + 1])
+    (x,) = read_sites(model, [Site.parse(config.site)], activations.train[context : context + 1])
     assert not (torch.cat(activations.rows) % config.context == 0).any()
     torch.testing.assert_close(activations.shards[0][40], x[0, position], rtol=1e-5, atol=1e-6)
 
@@ -137,7 +143,7 @@ def test_gather_reads_rows_of_any_shard_in_the_order_asked(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.harvest.SHARD_CONTEXTS", 16)
-    activations = harvest(config, tmp_path / "activations", Stop())
+    activations = harvested(config, tmp_path / "activations", Stop())
     index = torch.randperm(activations.count)[:300]
 
     assert torch.equal(activations.gather(index), torch.cat(activations.shards)[index])
@@ -149,20 +155,20 @@ def test_the_truncated_model_gives_the_full_models_activations(
 ) -> None:
     tokens = torch.arange(2, 18).view(2, 8)
     full = load_model(str(model_folder))
-    expected = read_site(full, Site.parse(site), tokens)
+    (expected,) = read_sites(full, [Site.parse(site)], tokens)
     hidden = full(input_ids=tokens, output_hidden_states=True).hidden_states
 
-    cut = truncate(load_model(str(model_folder)), Site.parse(site))
+    cut = truncate(load_model(str(model_folder)), [Site.parse(site)])
 
     assert len(decoder_layers(cut)) == 3
     assert not any("lm_head" in name for name, _ in cut.named_parameters())
-    torch.testing.assert_close(read_site(cut, Site.parse(site), tokens), expected)
+    torch.testing.assert_close(read_sites(cut, [Site.parse(site)], tokens), [expected])
     assert torch.equal(expected, hidden[3]) == (site == "resid_post.2")
 
 
 def test_a_site_beyond_the_last_layer_is_refused(model_folder: Path) -> None:
     with pytest.raises(BadConfig, match=r"layers 0\.\.3"):
-        truncate(load_model(str(model_folder)), Site.parse("resid_post.4"))
+        truncate(load_model(str(model_folder)), [Site.parse("resid_post.4")])
 
 
 def test_an_activation_that_overflows_its_dtype_stops_the_harvest(
@@ -176,13 +182,13 @@ def test_an_activation_that_overflows_its_dtype_stops_the_harvest(
     loud = replace(config, model=str(tmp_path / "loud"), activation_dtype="float16")
 
     with pytest.raises(TrainerError, match="overflows float16; set activation_dtype"):
-        harvest(loud, tmp_path / "activations", Stop())
+        harvested(loud, tmp_path / "activations", Stop())
 
 
 def test_a_damaged_checkpoint_is_named_and_not_overwritten(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    activations = harvest(config, tmp_path / "activations", Stop())
+    activations = harvested(config, tmp_path / "activations", Stop())
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / CHECKPOINT).write_bytes(b"not a checkpoint")
 
@@ -302,7 +308,7 @@ def test_dictionaries_of_one_pass_are_what_each_is_alone(
 ) -> None:
     """Up to the rounding of products that are made for several at once."""
     configs = sweep(config)
-    activations = harvest(config, tmp_path / "activations", Stop())
+    activations = harvested(config, tmp_path / "activations", Stop())
     together = train(configs, activations, tmp_path / "together", Stop())
 
     for number, one in enumerate(configs):
@@ -328,8 +334,47 @@ def test_a_sweep_is_one_command_and_a_folder_of_dictionaries(
 def test_activations_that_are_no_numbers_stop_the_training(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    activations = harvest(config, tmp_path / "activations", Stop())
+    activations = harvested(config, tmp_path / "activations", Stop())
     activations.shards[0][3, 2] = torch.nan
 
     with pytest.raises(TrainerError, match="not finite; remove the harvest"):
         train([config], activations, tmp_path / "training", Stop())
+
+
+def test_sites_are_harvested_in_one_pass_and_those_that_come_later_are_added(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = [Site.parse(text) for text in ("resid_post.1", "mlp_out.2", "attn_out.0")]
+    passes: list[int] = []
+
+    def counted(model, sites, contexts):
+        passes.append(len(sites))
+        return read_sites(model, sites, contexts)
+
+    monkeypatch.setattr("trainer.harvest.read_sites", counted)
+    whole = harvest(config, sites, tmp_path / "whole", Stop())
+    together = len(passes)
+    harvest(config, sites[:1], tmp_path / "parts", Stop())
+    passes.clear()
+    parts = harvest(config, sites, tmp_path / "parts", Stop())
+
+    assert len(passes) == together
+    assert set(passes) == {2}
+    for site in sites:
+        assert all(map(torch.equal, whole[site].shards, parts[site].shards)), site
+    assert whole[sites[0]].count > 0
+
+
+def test_a_sweep_over_sites_trains_each_sites_dictionaries_on_its_own_activations(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    configs = [
+        replace(config, site=site, out=str(tmp_path / site), epochs=1)
+        for site in ("resid_post.1", "mlp_out.2")
+    ]
+
+    cards = run(configs, tmp_path / "runs", Stop())
+    (alone,) = run([replace(configs[1], out=str(tmp_path / "alone"))], tmp_path / "new", Stop())
+
+    assert [str(card.site) for card in cards] == ["resid_post.1", "mlp_out.2"]
+    assert cards[1].sha256 == alone.sha256
