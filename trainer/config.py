@@ -37,8 +37,19 @@ SWEPT = ("site", "architecture", "n_features", "k", "alpha", "lr", "seed")
 PASS_FIELDS = (*HARVEST_FIELDS, "batch", "epochs", "normalise_input")
 """What dictionaries that are trained in one pass have in common."""
 Architecture = Literal[
-    "batch_top_k", "top_k", "matryoshka", "jump_relu", "gated", "relu", "tied_relu"
+    "batch_top_k",
+    "top_k",
+    "matryoshka",
+    "jump_relu",
+    "gated",
+    "relu",
+    "tied_relu",
+    "pca",
+    "random",
+    "basis",
 ]
+BASELINES = ("pca", "random", "basis")
+"""Directions that are not trained."""
 _BY_K = ("batch_top_k", "top_k", "matryoshka")
 
 
@@ -59,9 +70,9 @@ class TrainConfig:
     n_features: int
     """Rows of the dictionary."""
     architecture: Architecture = "batch_top_k"
-    """`tied_relu` is the paper's dictionary, `relu` the same untied; the first three are for a given number of features."""
+    """`tied_relu` is the paper's dictionary, `relu` the same untied; pca, random and basis are directions to compare with."""
     k: int = 0
-    """Active features per token, of the architectures that choose the largest; other ones have an alpha."""
+    """Active features per token: of batch_top_k, top_k and matryoshka, and if not 0 of pca, random and basis."""
     alpha: float = 0.0
     """Weight of the sparsity term: L1, or L0 for jump_relu. With `loss_reduction = "mean"` in the unit of the paper's."""
     loss_reduction: Literal["mean", "sum"] = "sum"
@@ -138,7 +149,7 @@ class TrainConfig:
             raise BadConfig(
                 f"k is {self.k}; {self.architecture} needs one from 1 to n_features, {self.n_features}"
             )
-        if self.architecture not in _BY_K and self.k:
+        if self.architecture not in (*_BY_K, *BASELINES) and self.k:
             raise BadConfig(f"k is {self.k}, but {self.architecture} takes alpha instead")
 
     @property

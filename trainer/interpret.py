@@ -44,8 +44,11 @@ class Survey:
         self.top_contexts = torch.zeros(0, F, dtype=torch.int64)
 
     def add(self, x: Tensor, rows: Tensor, length: int) -> None:
-        """Activations of whole contexts; `rows` are their places in the harvest."""
-        f = self.dictionary.encode(x)
+        """Activations of whole contexts; `rows` are their places in the harvest.
+
+        Of activations that may be negative, such as coordinates, only those above 0 are looked at.
+        """
+        f = self.dictionary.encode(x).clamp_(min=0.0)
         self.tokens += len(x)
         self.sum += f.sum(dim=0, dtype=torch.float64)
         at, feature = f.nonzero(as_tuple=True)

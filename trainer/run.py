@@ -17,7 +17,8 @@ from steer_server.dictionary.features import Evidence
 from steer_server.dictionary.files import CARD, StoredDictionary, check_model, load, save
 from steer_server.dictionary.site import Site
 from trainer import corpus, interpret
-from trainer.config import PASS_FIELDS, TrainConfig, digest, from_mapping
+from trainer.baselines import fit
+from trainer.config import BASELINES, PASS_FIELDS, TrainConfig, digest, from_mapping
 from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
 from trainer.harvest import Activations, harvest
@@ -49,7 +50,7 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
     for site, activations in harvested.items():
         here = [config for config in configs if config.site == str(site)]
         folder = runs / f"training-{digest(here)}"
-        made |= zip([c.out for c in here], train(here, activations, folder, stop), strict=True)
+        made |= zip([c.out for c in here], _make(here, activations, folder, stop), strict=True)
     model, tokenizer = load_model(first.model), load_tokenizer(first.model)
     return [
         _finished(config)
@@ -57,6 +58,18 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
         else _finish(
             config, made[config.out], harvested[Site.parse(config.site)], model, tokenizer, stop
         )
+        for config in configs
+    ]
+
+
+def _make(
+    configs: Sequence[TrainConfig], activations: Activations, folder: Path, stop: Stop
+) -> list[Dictionary]:
+    """The dictionaries of one site: baselines are fitted, all others trained together."""
+    trained = [config for config in configs if config.architecture not in BASELINES]
+    made = iter(train(trained, activations, folder, stop) if trained else ())
+    return [
+        fit(config, activations, stop) if config.architecture in BASELINES else next(made)
         for config in configs
     ]
 

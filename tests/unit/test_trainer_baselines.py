@@ -1,0 +1,106 @@
+"""Baselines are the directions they are called, and are made, measured and saved as dictionaries are."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from steer_server.dictionary.files import load
+from tests.unit.trainer_model import tiny_config, write_model
+from trainer.baselines import fit
+from trainer.config import TrainConfig
+from trainer.errors import BadConfig
+from trainer.harvest import Activations
+from trainer.run import run
+from trainer.stop import Stop
+
+D = 16
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    tiny = tiny_config(write_model(tmp_path / "model"), tmp_path)
+    return replace(tiny, alpha=0.0, n_features=D)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Far from the origin, and longer along some directions than along others."""
+    generator = torch.Generator().manual_seed(0)
+    return 3 + torch.randn(500, D, generator=generator) @ torch.randn(D, D, generator=generator)
+
+
+def activations(x: Tensor) -> Activations:
+    shards = [x[:200], x[200:]]
+    nothing = torch.zeros(0)
+    return Activations(shards, [nothing, nothing], nothing, nothing, float("inf"))
+
+
+def unexplained(x: Tensor, x_hat: Tensor) -> float:
+    return ((x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum()).item()
+
+
+def test_pca_leaves_the_variance_of_the_other_components(config: TrainConfig, x: Tensor) -> None:
+    few = replace(config, architecture="pca", n_features=5)
+
+    dictionary = fit(few, activations(x), Stop())
+
+    variances = torch.linalg.svdvals((x - x.mean(dim=0)).double()).square()
+    expected = (variances[5:].sum() / variances.sum()).item()
+    assert unexplained(x, dictionary.decode(dictionary.encode(x))) == pytest.approx(expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["pca", "basis"])
+def test_all_directions_of_an_orthonormal_baseline_leave_nothing(
+    config: TrainConfig, x: Tensor, kind: str
+) -> None:
+    dictionary = fit(replace(config, architecture=kind), activations(x), Stop())
+
+    torch.testing.assert_close(dictionary.decode(dictionary.encode(x)), x, rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_k_the_largest_coordinates_by_size_are_kept(config: TrainConfig, x: Tensor) -> None:
+    both = replace(config, architecture="pca", k=3)
+    coordinates = fit(replace(both, k=0), activations(x), Stop()).encode(x)
+
+    dictionary = fit(both, activations(x), Stop())
+    f = dictionary.encode(x)
+
+    assert dictionary.n_features == 2 * D
+    assert (f.count_nonzero(dim=1) == 3).all()
+    expected = coordinates.abs().topk(3, dim=1).values
+    torch.testing.assert_close(f.topk(3, dim=1).values, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_random_directions_come_from_the_seed(config: TrainConfig, x: Tensor) -> None:
+    some = replace(config, architecture="random", n_features=40)
+
+    rows = [fit(replace(some, seed=seed), activations(x), Stop()).W_dec for seed in (1, 1, 2)]
+
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.allclose(rows[0], rows[2])
+    torch.testing.assert_close(rows[0].norm(dim=1), torch.ones(40))
+
+
+def test_more_components_than_there_are_is_an_error(config: TrainConfig, x: Tensor) -> None:
+    with pytest.raises(BadConfig, match="pca has 16 of this model"):
+        fit(replace(config, architecture="pca", n_features=17), activations(x), Stop())
+
+
+def test_baselines_are_part_of_a_sweep(config: TrainConfig) -> None:
+    kinds = {"pca": 0, "random": 3, "basis": 3, "top_k": 3}
+    configs = [
+        replace(config, architecture=kind, k=k, out=f"{config.out}-{kind}")
+        for kind, k in kinds.items()
+    ]
+
+    cards = run(configs, Path(config.out).parent / "runs", Stop())
+
+    assert [card.architecture for card in cards] == list(kinds)
+    for card, one in zip(cards, configs, strict=True):
+        assert load(Path(one.out)).card == card
+        assert card.quality is not None
+    assert cards[0].quality is not None
+    assert cards[0].quality.fvu < 1e-3
