@@ -20,7 +20,7 @@ examples and logit effects, and writes the folder `out`. The paper's dictionary 
 
     architecture = "tied_relu", loss_reduction = "mean", lr = 1e-3, warmup = 0, decay = 0, clip = 0
 
-A list in the place of architecture, n_features, k, alpha, lr or seed asks for a dictionary of each;
+A list in the place of site, architecture, n_features, k, alpha, lr or seed asks for a dictionary of each;
 all of them train in one pass over the activations, and `out` becomes the folder that holds them:
 
     python -m trainer train examples/smollm2-135m.toml --set 'alpha=[1e-3, 2e-3, 4e-3]' --set out=runs/alphas

@@ -65,6 +65,14 @@ class Quality:
     """Share of features active on no held-out token."""
     pca_fvu: float
     """FVU of PCA with as many components as `l0`, rounded."""
+    ce: float | None = None
+    """Nats per token of the model as it is; this and what follows is None for dictionaries of before it was measured."""
+    ce_recovered: float | None = None
+    """1 - delta_ce over what the model loses when 0 replaces x: 1 is perfect, below 0 worse than nothing."""
+    kl: float | None = None
+    """Mean KL divergence, in nats, of the next token's distribution with x_hat from that without."""
+    dense_share: float | None = None
+    """Share of features active on more than a tenth of the tokens."""
 
 
 @dataclass(frozen=True)

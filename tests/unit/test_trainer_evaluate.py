@@ -50,6 +50,9 @@ def test_a_perfect_dictionary_costs_nothing(model: torch.nn.Module, contexts: Te
     assert quality.l0 == 16
     assert quality.pca_fvu == pytest.approx(0.0, abs=1e-9)
     assert quality.tokens == 6 * 31
+    assert quality.kl == pytest.approx(0.0, abs=1e-6)
+    assert quality.ce_recovered == pytest.approx(1.0, abs=1e-5)
+    assert quality.dense_share == 1.0
 
 
 def test_a_zero_dictionary_costs_what_zeroing_the_site_costs(
@@ -75,8 +78,31 @@ def test_a_zero_dictionary_costs_what_zeroing_the_site_costs(
     assert zeroed != pytest.approx(plain, abs=1e-3)
     assert quality.delta_ce == pytest.approx(zeroed - plain, abs=1e-5)
     assert quality.dead_share == 1.0
+    assert quality.dense_share == 0.0
     assert quality.l0 == 0.0
     assert quality.fvu >= 1.0
+    assert quality.ce == pytest.approx(plain, abs=1e-5)
+    assert quality.ce_recovered == pytest.approx(0.0, abs=1e-4)
+
+
+def test_kl_is_that_of_the_two_distributions(model: torch.nn.Module, contexts: Tensor) -> None:
+    half = Dictionary.tied(torch.cat([torch.eye(16)[:8], -torch.eye(16)[:8]]), torch.zeros(16))
+
+    def halve(x: Tensor) -> Tensor:
+        first = torch.cat([x[:, 1:, :8], torch.zeros_like(x[:, 1:, 8:])], dim=2)
+        return torch.cat([x[:, :1], first], dim=1)
+
+    with torch.inference_mode():
+        plain = model(input_ids=contexts).logits[:, 1:-1].double().softmax(dim=-1)
+        with site_hook(model, SITE, halve):
+            other = model(input_ids=contexts).logits[:, 1:-1].double().softmax(dim=-1)
+    expected = (plain * (plain / other).log()).sum(dim=-1).mean().item()
+
+    quality = evaluate(model, SITE, half, contexts, 1, float("inf"), Stop())
+
+    assert expected > 1e-3
+    assert quality.kl == pytest.approx(expected, rel=1e-3)
+    assert f"{quality.kl:.3f}" in describe(quality)
 
 
 def test_activations_longer_than_the_bound_are_left_as_they_are(
