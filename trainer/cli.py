@@ -32,6 +32,13 @@ are shared by all runs with the same model, site, corpus and context.
 Too many active features: raise alpha. FVU too high, or many dead features: lower it.
 """
 
+_COMPARE = """Prints a table of their quality as it was measured on held-out text, and for each two of the same site:
+
+    MMCS      mean over the first's features of the largest cosine with any of the second's decoder rows
+    matched   mean cosine when each feature may be matched once (Hungarian method)
+    shared    share of matched pairs with a cosine above 0.9, the paper's threshold
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 done, 1 an error told on stderr, 130 interrupted and resumable."""
@@ -94,6 +101,16 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--tokens", type=int, help="default: as many as in training")
     evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser(
+        "compare",
+        help="dictionaries side by side: quality, and how alike their features are",
+        description=_COMPARE,
+        formatter_class=raw,
+    )
+    compare.add_argument("dictionaries", type=Path, nargs="+", help="folders of dictionaries")
+    compare.add_argument("--out", type=Path, help="folder for the report and its plots")
+    compare.set_defaults(run=_compare)
 
     label = commands.add_parser("label", help="merge labels of features into a dictionary")
     label.add_argument("dictionary", type=Path, help="folder of the dictionary")
@@ -162,6 +179,17 @@ def _evaluate(options: argparse.Namespace) -> None:
             options.dictionary, options.model, options.corpus, options.tokens, stop
         )
     print(describe(quality))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from steer_server.dictionary.files import load
+    from trainer.compare import report, write_report
+
+    stored = [load(folder) for folder in options.dictionaries]
+    print(report(stored))
+    if options.out:
+        write_report(stored, options.out)
+        print(f"\n{options.out}: report.md with its plots")
 
 
 def _label(options: argparse.Namespace) -> None:
