@@ -54,6 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     except SteerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(
+            f"error: {error}. What is on disk is whole; with room for more the same command goes on.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

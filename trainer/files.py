@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 def sha256(path: Path) -> str:
     """The sha256 of the file's bytes, in hexadecimal."""
@@ -46,6 +48,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         _fsync(fresh)
         fresh.replace(path)
         _fsync(path.parent)
+    except SafetensorError as error:
+        # A full disk, as the library of tensors tells it.
+        fresh.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
+import psutil
 import torch
 from torch import Tensor
 
 from steer_server.dictionary.dictionary import Dictionary
 from trainer.architectures import ARCHITECTURES, Hyper, Outcome, prefixes
 from trainer.config import TrainConfig
-from trainer.errors import BadCheckpoint, TrainerError
+from trainer.errors import BadCheckpoint, BadConfig, TrainerError
 from trainer.model import device
 
 _FREE = {"k", "alpha", "lr", "seed", "out"}
@@ -36,6 +37,7 @@ class Stack:
     def __init__(self, configs: Sequence[TrainConfig], mean: Tensor, steps: int) -> None:
         """`mean` is that of x as it comes to `advance`; `steps` are those of the whole training."""
         first = configs[0]
+        _check_memory(configs, len(mean))
         self.configs = list(configs)
         self.steps = steps
         self.step = 0
@@ -167,3 +169,20 @@ class Stack:
         if (factor < 1).any():
             for gradient in gradients.values():
                 gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
+
+
+def _check_memory(configs: Sequence[TrainConfig], d_model: int) -> None:
+    """BadConfig if the weights, their gradients and Adam's moments, and z of a batch, cannot be there at once."""
+    first = configs[0]
+    matrices = 1 if first.architecture == "tied_relu" else 2
+    numbers = 4 * matrices * first.n_features * d_model + 2 * first.batch * first.n_features
+    needed = 4 * numbers * len(configs)
+    if device().type == "cuda":
+        there = torch.cuda.mem_get_info()[0]
+    else:
+        there = psutil.virtual_memory().available
+    if needed > there:
+        raise BadConfig(
+            f"{len(configs)} dictionaries of {first.n_features} features need {needed / 2**30:.1f} GiB to train, "
+            f"{there / 2**30:.1f} GiB are free; take fewer at once, a smaller n_features or a smaller batch"
+        )
