@@ -149,10 +149,11 @@ def _write_shards(
     """The shard of that number, of each of the sites."""
     paths = {site: _shard(folder, site, number) for site in sites}
     kinds: dict[Site, tuple[list[Tensor], list[Tensor]]] = {site: ([], []) for site in sites}
+    bounds = {site: _max_norm(folder, site) for site in sites}
     start = number * SHARD_CONTEXTS * config.context
     for batch in contexts.split(FORWARD_CONTEXTS):
         for site, x in zip(sites, read_sites(model, sites, batch), strict=True):
-            keep = kept(config, x, _max_norm(folder, site))
+            keep = kept(config, x, bounds[site])
             values, rows = kinds[site]
             values.append(_stored(config, site, x[keep]))
             rows.append(keep.flatten().nonzero().squeeze(1).cpu() + start)

@@ -1,4 +1,4 @@
-"""The language model as the trainer sees it: one site to read, or to replace, and nothing after it."""
+"""The language model as the trainer sees it: sites to read, or one to replace, and nothing after them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

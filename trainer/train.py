@@ -48,6 +48,7 @@ def train(
     step = _restore(groups, path) if path.exists() else 0
     order = epoch_order(config, activations.count, step // per_epoch)
     folder.mkdir(parents=True, exist_ok=True)
+    _forget_metrics(folder / METRICS, step)
     with (
         tqdm(desc="train", total=total, initial=step, unit=" steps") as bar,
         (folder / METRICS).open("a", encoding="utf-8") as metrics,
@@ -128,6 +129,16 @@ def _write_metrics(file, step: int, groups: Sequence[Stack], outcomes: Sequence[
             }
             file.write(json.dumps(line) + "\n")
     file.flush()
+
+
+def _forget_metrics(path: Path, step: int) -> None:
+    """Takes out what was written after the checkpoint, for it will come again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A killed process may have left half a line.
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with whole_file(path) as fresh:
+            fresh.write_text("".join(whole), encoding="utf-8")
 
 
 def _save(groups: Sequence[Stack], step: int, path: Path) -> None:

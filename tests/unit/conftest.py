@@ -19,3 +19,12 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
         return
     with kernel_runs.process(interpret=True) as call:
         yield lambda function, *arguments: call(function, "cpu", *arguments)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make tiny products slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

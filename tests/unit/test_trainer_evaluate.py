@@ -1,7 +1,5 @@
 """What the trainer says of a dictionary: quality, statistics, logit effects."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,16 +13,9 @@ from trainer.interpret import Survey, _varied, logit_effects
 from trainer.model import load_model, read_sites, site_hook
 from trainer.stop import Stop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SITE = Site.parse("resid_post.1")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tiny products slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

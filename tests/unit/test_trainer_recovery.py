@@ -11,6 +11,8 @@ from trainer.architectures import ARCHITECTURES
 from trainer.config import TrainConfig, from_mapping
 from trainer.stack import Stack
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, TRUE, ACTIVE, STEPS, BATCH = 24, 32, 2.0, 1500, 256
 """A token has `ACTIVE` of the `TRUE` features on average."""
 SPARSITY = {
@@ -20,14 +22,6 @@ SPARSITY = {
     "jump_relu": {"alpha": 1.0, "sparsity_warmup": 200},
     "top_k": {"k": int(ACTIVE) + 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(name: str) -> TrainConfig:

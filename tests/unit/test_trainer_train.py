@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +25,7 @@ from trainer.run import evaluate_again, label, run
 from trainer.stop import Stop
 from trainer.train import CHECKPOINT, METRICS, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tiny products slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +81,25 @@ def test_training_broken_off_twice_ends_in_the_same_bytes(
     assert (tmp_path / "broken" / CHECKPOINT).read_bytes() == (
         tmp_path / "unbroken" / CHECKPOINT
     ).read_bytes()
+    assert (tmp_path / "broken" / METRICS).read_text() == (
+        tmp_path / "unbroken" / METRICS
+    ).read_text()
+
+
+def test_metrics_written_after_the_checkpoint_are_not_written_twice(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    activations = harvested(config, tmp_path / "activations", Stop())
+    train([config], activations, tmp_path / "training", Stop())
+    (tmp_path / "training" / CHECKPOINT).unlink()
+    with (tmp_path / "training" / METRICS).open("a") as file:
+        file.write('{"step": 1')
+
+    train([config], activations, tmp_path / "training", Stop())
+
+    lines = (tmp_path / "training" / METRICS).read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(set(steps))
 
 
 def test_training_lowers_the_loss_and_keeps_rows_of_unit_norm(
