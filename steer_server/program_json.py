@@ -193,7 +193,7 @@ def _amount(
     stored = dictionaries[name]
     if not 0 <= feature < stored.card.n_features:
         raise InvalidRequest(f"feature {feature} is not in the dictionary", field=path)
-    return in_activations(value, Unit(unit), stored, feature, field=path)
+    return in_activations(value, Unit(unit), stored, feature, field=path, name=key)
 
 
 def _scope(content: Any, path: str) -> Scope:

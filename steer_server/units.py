@@ -23,14 +23,21 @@ class Unit(StrEnum):
 
 
 def in_activations(
-    value: float, unit: Unit, stored: StoredDictionary, feature: int, *, field: str
+    value: float,
+    unit: Unit,
+    stored: StoredDictionary,
+    feature: int,
+    *,
+    field: str,
+    name: str = "value",
 ) -> float:
     """`value` of `unit` as an activation of the feature; InvalidRequest if no float32 holds it.
 
+    `field` is the path of what holds the number, under `name`, and its unit.
     RELATIVE_NORM depends on the token, so it is InvalidRequest here; DictionaryMismatch if the dictionary knows no
     largest activation of the feature.
     """
-    value = finite(value, field=f"{field}.value")
+    value = finite(value, field=f"{field}.{name}")
     match unit:
         case Unit.ACTIVATION:
             return value
@@ -42,10 +49,10 @@ def in_activations(
                     "it has no largest activation; use the unit ACTIVATION",
                     field=f"{field}.unit",
                 )
-            return finite(value * largest, field=f"{field}.value")
+            return finite(value * largest, field=f"{field}.{name}")
         case Unit.DECODER_COEFFICIENT:
             # x gains (f' - f) W_dec / input_scale; the coefficient counts W_dec as stored.
-            return finite(value * stored.card.input_scale, field=f"{field}.value")
+            return finite(value * stored.card.input_scale, field=f"{field}.{name}")
         case Unit.RELATIVE_NORM:
             raise InvalidRequest("RELATIVE_NORM has no meaning here", field=f"{field}.unit")
 

@@ -13,9 +13,10 @@ from steer_server.api.calls import Gate
 from steer_server.api.edits import read_edits, write_edits
 from steer_server.api.errors import reason_of, status_of
 from steer_server.api.generations import Generations, Run
-from steer_server.api.wire import read_generation
+from steer_server.api.wire import admit, limits, read_generation
 from steer_server.errors import EngineUnavailable, InvalidRequest, SteerError, WrongState
 from steer_server.generation import Finish, FinishReason, RevisionApplied, StepOutput
+from steer_server.program import Program
 
 _T = TypeVar("_T")
 _Response = steering_pb2.SessionResponse
@@ -121,8 +122,9 @@ class Session:
         try:
             if self._turn is None:
                 raise WrongState("no turn runs", field="update")
-            edits = read_edits(message.edits, registry, engine.max_model_len, "update.edits")
-            revision = await self._turn.run.update(edits)
+            edits = read_edits(message.edits, registry, limits(engine), "update.edits")
+            program = admit(Program(edits), registry, self._turn.run.prompt_length, "update")
+            revision = await self._turn.run.update(program.edits)
         except SteerError as error:
             return [self._rejected(message.update_id, error)]
         self._turn.unanswered.append(_Update(message.update_id, revision, arrived))

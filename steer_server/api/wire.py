@@ -1,17 +1,21 @@
 """Requests from proto to domain, with all validation; an error names the proto path of the value at fault."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2
 
-from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_TOP_K
-from steer_server.api.edits import check_feature, check_scopes, read_edits, read_phases
-from steer_server.errors import InvalidRequest, PromptTooLong
+from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_TOP_K, check, check_scopes
+from steer_server.api.edits import Limits, check_feature, check_vocabulary, read_edits, read_phases
+from steer_server.dictionary.files import StoredDictionary
+from steer_server.errors import InvalidRequest, PromptTooLong, SteerError
 from steer_server.generation import Engine, Sampling
 from steer_server.program import Program, ReadOut
 from steer_server.registry import Registry
+from steer_server.units import finite
 
 MAX_STOPS = 16
 MAX_TEMPERATURE = 2.0
@@ -33,10 +37,25 @@ def read_generation(
     prompt = read_prompt(message.prompt, engine, f"{path}.prompt")
     room = engine.max_model_len - len(prompt)
     sampling = _read_sampling(message.sampling, room, f"{path}.sampling")
-    edits = read_edits(message.edits, registry, engine.max_model_len, f"{path}.edits")
-    check_scopes(edits, len(prompt), sampling.max_tokens, f"{path}.edits")
+    edits = read_edits(message.edits, registry, limits(engine), f"{path}.edits")
     read_outs = _read_read_outs(message.read_outs, registry, f"{path}.read_outs")
-    return ResolvedRequest(prompt, sampling, Program(edits, read_outs))
+    program = admit(Program(edits, read_outs), registry, len(prompt), path)
+    with _within(path):
+        check_scopes(program, len(prompt), sampling.max_tokens)
+    return ResolvedRequest(prompt, sampling, program)
+
+
+def limits(engine: Engine) -> Limits:
+    """What positions and tokens may be."""
+    return Limits(engine.max_model_len, engine.tokenizer.vocab_size)
+
+
+def admit(program: Program, registry: Registry, prompt_length: int, path: str) -> Program:
+    """The program with absolute positions, checked against the dictionaries; its lists lie at `path`."""
+    with _within(path):
+        resolved = program.resolve(prompt_length)
+        check(resolved, dict(registry))
+    return resolved
 
 
 def read_encode(
@@ -56,9 +75,8 @@ def read_encode(
         replace(entry, prompt=True, generated=False)
         for entry in _read_read_outs(message.read_outs, registry, "read_outs")
     )
-    return ResolvedRequest(
-        prompt, Sampling(max_tokens=1, temperature=0.0), Program(read_outs=read_outs)
-    )
+    program = admit(Program(read_outs=read_outs), registry, len(prompt), "")
+    return ResolvedRequest(prompt, Sampling(max_tokens=1, temperature=0.0), program)
 
 
 def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> tuple[int, ...]:
@@ -70,7 +88,7 @@ def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> tuple[
         case "token_ids":
             where = f"{path}.token_ids.ids"
             ids = tuple(message.token_ids.ids)
-            _check_vocabulary(ids, engine.tokenizer.vocab_size, where)
+            check_vocabulary(ids, engine.tokenizer.vocab_size, where)
         case _:
             raise InvalidRequest("required: set text or token_ids", field=path)
     if not ids:
@@ -81,12 +99,6 @@ def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> tuple[
             field=where,
         )
     return ids
-
-
-def _check_vocabulary(ids: Sequence[int], size: int, path: str) -> None:
-    for index, token in enumerate(ids):
-        if token >= size:
-            raise InvalidRequest(f"token {token} is not in 0..{size - 1}", field=f"{path}[{index}]")
 
 
 def _read_sampling(message: steering_pb2.Sampling, room: int, path: str) -> Sampling:
@@ -144,14 +156,31 @@ def _read_read_outs(
 def _read_read_out(message: activations_pb2.ReadOut, registry: Registry, path: str) -> ReadOut:
     stored = registry.get(message.dictionary, field=f"{path}.dictionary")
     prompt, generated = read_phases(message.phases, f"{path}.phases")
-    top_k, features = 0, ()
+    if message.stage not in activations_pb2.Stage.values():
+        raise InvalidRequest(
+            f"stage {message.stage} is neither STAGE_BEFORE_EDITS (1) nor STAGE_AFTER_EDITS (2)",
+            field=f"{path}.stage",
+        )
+    return ReadOut(
+        message.dictionary,
+        **_read_selection(message, stored, path),
+        prompt=prompt,
+        generated=generated,
+        edited=message.stage == activations_pb2.STAGE_AFTER_EDITS,
+        complete=not message.skip_cached,
+    )
+
+
+def _read_selection(
+    message: activations_pb2.ReadOut, stored: StoredDictionary, path: str
+) -> dict[str, Any]:
     match message.WhichOneof("selection"):
         case "top_k":
             if not 1 <= message.top_k <= MAX_TOP_K:
                 raise InvalidRequest(
                     f"{message.top_k} is not in 1..{MAX_TOP_K}", field=f"{path}.top_k"
                 )
-            top_k = min(message.top_k, stored.card.n_features)
+            return {"top_k": min(message.top_k, stored.card.n_features)}
         case "features":
             features = tuple(message.features.features)
             where = f"{path}.features.features"
@@ -159,8 +188,33 @@ def _read_read_out(message: activations_pb2.ReadOut, registry: Registry, path: s
                 raise InvalidRequest(f"{len(features)} features; 1 to {MAX_FEATURES}", field=where)
             for index, feature in enumerate(features):
                 check_feature(feature, stored, f"{where}[{index}]")
-            if len(set(features)) != len(features):
-                raise InvalidRequest("names a feature twice", field=where)
+            return {"features": features}
+        case "above":
+            threshold = finite(message.above.threshold, field=f"{path}.above.threshold")
+            if not message.above.HasField("row_bytes"):
+                return {"above": threshold}
+            return {"above": threshold, "row_bytes": message.above.row_bytes}
         case _:
-            raise InvalidRequest("set one of top_k and features", field=f"{path}.selection")
-    return ReadOut(message.dictionary, top_k, features, prompt=prompt, generated=generated)
+            raise InvalidRequest("set one of top_k, features and above", field=f"{path}.selection")
+
+
+_PROTO_NAMES = {
+    "features": "features.features",
+    "above": "above.threshold",
+    "row_bytes": "above.row_bytes",
+}
+"""Of a read-out's values that lie deeper in the proto than in a program."""
+
+
+@contextmanager
+def _within(path: str) -> Iterator[None]:
+    """Errors of a program name their place in the request, where the program's lists lie at `path`."""
+    try:
+        yield
+    except SteerError as error:
+        start, dot, last = error.field.rpartition(".")
+        if start.startswith("read_outs"):
+            last = _PROTO_NAMES.get(last, last)
+        parts = [part for part in (path, f"{start}{dot}{last}") if part]
+        error.field = ".".join(parts)
+        raise

@@ -132,7 +132,8 @@ class FakeEngine:
         positions = range(len(prompt)) if index == 0 else [len(prompt) + index - 1]
         x = self._embedding[list(prompt) if index == 0 else [state.tokens[-1]]]
         self.computed.append((state.generation.request_id, x))
-        logits = self._edited(state, x, positions)[-1] @ self._head
+        edited = self._edited(state, x, positions)
+        logits = edited[-1] @ self._head
         state.tokens.append(int(logits.argmax()))
         done = len(state.tokens) == sampling.max_tokens
         return StepOutput(
@@ -140,7 +141,7 @@ class FakeEngine:
             (state.tokens[-1],),
             chr(state.tokens[-1]),
             (float(logits.log_softmax(0).max()),) if sampling.logprobs else (),
-            tuple(self._rows(state, x, positions)),
+            tuple(self._rows(state, x, edited, positions)),
             applied,
             dict.fromkeys(self._dictionaries, 0.001),
             self._finish(state) if done else None,
@@ -148,12 +149,18 @@ class FakeEngine:
 
     def _edited(self, state: _Running, x: Tensor, positions: Sequence[int]) -> Tensor:
         edited = x.clone()
+        prompt = state.generation.prompt_token_ids
+        tokens = (*prompt, *state.tokens)
         for index, entry in enumerate(state.programs[state.revision].edits):
-            delta = edit_delta(self._dictionaries[entry.dictionary].dictionary, x, [entry.edit])
+            dictionary = self._dictionaries[entry.dictionary].dictionary
+            delta = edit_delta(dictionary, x, [entry.edit], positions)
+            holds = torch.ones(len(x), dtype=torch.bool)
+            if entry.when:
+                holds = dictionary.encode(x)[:, entry.when.feature] > entry.when.above
             count = state.counts.setdefault((state.revision, index), [0, 0, 0.0, 0.0])
             for row, position in enumerate(positions):
-                length = len(state.generation.prompt_token_ids)
-                if entry.where.holds(position, length, token=-1):
+                if entry.where.holds(position, len(prompt), tokens[position]):
+                    delta[row] *= holds[row]
                     size = float(delta[row].norm() / x[row].norm())
                     edited[row] += delta[row]
                     count[0] += 1
@@ -162,7 +169,7 @@ class FakeEngine:
                     count[3] = max(count[3], size)
         return edited
 
-    def _rows(self, state: _Running, x: Tensor, positions: Sequence[int]):
+    def _rows(self, state: _Running, x: Tensor, edited: Tensor, positions: Sequence[int]):
         prompt_length = len(state.generation.prompt_token_ids)
         for index, read_out in enumerate(state.programs[0].read_outs):
             wanted = [
@@ -172,7 +179,8 @@ class FakeEngine:
                 and (read_out.complete or position >= self.cached_tokens)
             ]
             if wanted:
-                f = self._dictionaries[read_out.dictionary].dictionary.encode(x[wanted])
+                read = (edited if read_out.edited else x)[wanted]
+                f = self._dictionaries[read_out.dictionary].dictionary.encode(read)
                 yield _sparse(index, read_out, [positions[row] for row in wanted], f)
 
     def _finish(self, state: _Running) -> Finish:
@@ -192,8 +200,9 @@ class FakeEngine:
 def _sparse(index: int, read_out: ReadOut, positions: list[int], f: Tensor) -> ActivationRows:
     features, values, splits = [], [], [0]
     for row in f:
-        order = read_out.features or row.argsort(descending=True).tolist()[: read_out.top_k]
-        active = [feature for feature in order if row[feature] != 0]
+        order = read_out.features or row.argsort(descending=True).tolist()[: read_out.limit]
+        least = read_out.above or 0.0
+        active = [feature for feature in order if row[feature] > least]
         features += active
         values += row[active].tolist()
         splits.append(len(features))

@@ -8,7 +8,20 @@ import pytest
 from google.rpc import error_details_pb2
 from steer.v1 import activations_pb2, edits_pb2, steering_pb2
 
-from steer_client import CallFailed, Feature, ablate, add, clamp, read, read_top, scale
+from steer_client import (
+    CallFailed,
+    Feature,
+    ablate,
+    active,
+    add,
+    clamp,
+    limit,
+    patch,
+    read,
+    read_above,
+    read_top,
+    scale,
+)
 from steer_server import errors
 from steer_server.api.errors import classify
 from tests.unit.serving import NAME, NEVER_FIRED, Serving, collect, serving
@@ -45,6 +58,17 @@ NO_KIND = edits_pb2.Edit(dictionary=NAME, feature=2)
 BAD_PHASE = edits_pb2.Edit(
     dictionary=NAME, feature=2, ablate=edits_pb2.Ablate(), scope=edits_pb2.Scope(phases=[0])
 )
+TWICE_PATCHED = edits_pb2.Edit(
+    dictionary=NAME,
+    feature=2,
+    patch=edits_pb2.Patch(positions=[1, 1], values=[1, 2], unit=edits_pb2.UNIT_ACTIVATION),
+)
+HALF_PATCHED = edits_pb2.Edit(
+    dictionary=NAME,
+    feature=2,
+    patch=edits_pb2.Patch(positions=[1, 2], values=[1], unit=edits_pb2.UNIT_ACTIVATION),
+)
+NO_FEATURE = edits_pb2.Condition(dictionary=NAME)
 INVALID, RANGE, MISSING, STATE = (
     Code.INVALID_ARGUMENT,
     Code.OUT_OF_RANGE,
@@ -84,6 +108,34 @@ EDITS = [
         "generation.edits[0].scope.phases[1]",
     ),
     ([ablate(F, only=["prompt"], exclude=range(5))], INVALID, "generation.edits[0].scope"),
+    ([limit(F)], INVALID, "generation.edits[0].limit"),
+    ([limit(F, 2, 1)], INVALID, "generation.edits[0].limit.low"),
+    ([limit(F, high=math.nan)], INVALID, "generation.edits[0].limit.high"),
+    ([limit(F, 1, unit="norm")], INVALID, "generation.edits[0].limit.unit"),
+    ([patch(F, {})], INVALID, "generation.edits[0].patch.positions"),
+    ([patch(F, dict.fromkeys(range(4097), 1.0))], INVALID, "generation.edits[0].patch.positions"),
+    ([TWICE_PATCHED], INVALID, "generation.edits[0].patch.positions[1]"),
+    ([HALF_PATCHED], INVALID, "generation.edits[0].patch.values"),
+    ([patch(F, {1: 1.0, 2: math.inf})], INVALID, "generation.edits[0].patch.values[1]"),
+    ([patch(F, {1: 1.0}, "norm")], INVALID, "generation.edits[0].patch.unit"),
+    ([patch(F, {-6: 1.0})], INVALID, "generation.edits[0].patch.positions"),
+    ([patch(F, {64: 1.0})], INVALID, "generation.edits[0].scope"),
+    ([ablate(F, at=[64])], INVALID, "generation.edits[0].scope.positions[0]"),
+    ([ablate(F, at=range(1025))], INVALID, "generation.edits[0].scope.positions"),
+    ([ablate(F, at=[-6])], INVALID, "generation.edits[0].scope.positions"),
+    ([ablate(F, windows=[(64, None)])], INVALID, "generation.edits[0].scope.windows[0].first"),
+    ([ablate(F, windows=[(1, 65)])], INVALID, "generation.edits[0].scope.windows[0].end"),
+    ([ablate(F, windows=[(1, 2)] * 65)], INVALID, "generation.edits[0].scope.windows"),
+    ([ablate(F, tokens=[1, 128])], INVALID, "generation.edits[0].scope.token_ids[1]"),
+    (
+        [ablate(F, exclude_tokens=[1] * 1025)],
+        INVALID,
+        "generation.edits[0].scope.exclude_token_ids",
+    ),
+    ([ablate(F, when=active((NAME, 32)))], RANGE, "generation.edits[0].when.feature"),
+    ([ablate(F, when=active(("other", 1)))], MISSING, "generation.edits[0].when.dictionary"),
+    ([ablate(F, when=NO_FEATURE)], INVALID, "generation.edits[0].when.feature"),
+    ([ablate(F, when=active(above=math.inf))], INVALID, "generation.edits[0].when.above"),
 ]
 
 READ_OUTS = [
@@ -96,6 +148,11 @@ READ_OUTS = [
     (read(NAME, [1, 1]), INVALID, "features.features"),
     (read(NAME, [1, 32]), RANGE, "features.features[1]"),
     (activations_pb2.ReadOut(dictionary=NAME, top_k=1, phases=[7]), INVALID, "phases[0]"),
+    (activations_pb2.ReadOut(dictionary=NAME, top_k=1, stage=3), INVALID, "stage"),
+    (read_above(NAME, -1.0), INVALID, "above.threshold"),
+    (read_above(NAME, math.nan), INVALID, "above.threshold"),
+    (read_above(NAME, 0.0, 7), INVALID, "above.row_bytes"),
+    (read_above(NAME, 0.0, 32_769), INVALID, "above.row_bytes"),
 ]
 
 SAMPLING = [

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 from steer.v1 import activations_pb2, edits_pb2, steering_pb2, steering_pb2_grpc
 
-from steer_client import ablate, add, clamp, read, read_top, rows, scale
+from steer_client import (
+    ablate,
+    active,
+    add,
+    clamp,
+    limit,
+    patch,
+    read,
+    read_above,
+    read_top,
+    rows,
+    scale,
+)
 from steer_server.api import events
 from steer_server.dictionary.edits import AddRelative
 from steer_server.generation import ActivationRows, StepOutput
@@ -121,6 +133,34 @@ async def test_edits_change_the_output_and_report_what_they_did(running: Serving
     report = edited[-1].finished.edit_reports[0]
     assert report.tokens_in_scope == report.tokens_changed == 4 + 63 - 5
     assert report.mean_relative_size == pytest.approx(3)
+
+
+async def test_edits_hold_where_they_are_asked_to(running: Serving):
+    """The prompt has positions 0..4, generated tokens that are read 5..7."""
+    asked = [
+        patch((NAME, 1), {1: 2.0, -1: 3.0}),
+        limit((NAME, 2), 1.0, 1.5, windows=[(-3, None)]),
+        add((NAME, 3), 1.0, tokens=[ord("l")]),
+        add((NAME, 4), 1.0, at=[1, 2, 3], exclude=[2], exclude_tokens=[ord("e")]),
+        clamp((NAME, 5), 9.0, when=active()),
+    ]
+    reads = [read_above(NAME, 0.0), read_above(NAME, 0.0, after_edits=True)]
+
+    responses = await generate(running, edits=asked, read_outs=reads, sampling={"max_tokens": 4})
+
+    reports = responses[-1].finished.edit_reports
+    assert [report.tokens_in_scope for report in reports] == [2, 6, 2, 1, 7]
+    echoed = responses[0].started.edits
+    assert list(echoed[0].patch.positions) == [1, 4]
+    assert [(w.first, w.HasField("end")) for w in echoed[1].scope.windows] == [(2, False)]
+    assert (echoed[4].when.dictionary, echoed[4].when.feature) == (NAME, 5)
+    before, after = ({}, {})
+    for part in (part for response in responses for part in response.tokens.activations):
+        (after if part.read_out else before).update(
+            {row.position: row.features for row in rows(part)}
+        )
+    assert before[0] == after[0]  # default scopes leave position 0 alone
+    assert all(before[position] != after[position] for position in (1, 4))
 
 
 async def test_read_outs_keep_their_indices_and_hold_the_dictionarys_activations(

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steer.v1 import activations_pb2, edits_pb2, steering_pb2
 
-from steer_client import ablate, add, clamp, scale
+from steer_client import ablate, active, add, clamp, limit, patch, scale
 from steer_server.api.edits import read_edits, write_edits
-from steer_server.api.wire import ResolvedRequest, read_encode, read_generation
+from steer_server.api.wire import ResolvedRequest, limits, read_encode, read_generation
+from steer_server.dictionary.edits import Edit
 from steer_server.errors import SteerError
 from steer_server.registry import Registry
 from tests.unit.fake_engine import FakeEngine
@@ -23,6 +24,9 @@ ENGINE = FakeEngine(D_MODEL)
 
 _SCALARS = {
     FieldDescriptor.CPPTYPE_UINT32: st.sampled_from([1, 5, 9, 30, 3, 4, 0, 31, 32, 64, 2**32 - 1]),
+    FieldDescriptor.CPPTYPE_INT32: st.sampled_from(
+        [1, 2, 5, -1, 0, 30, -6, 64, 2**31 - 1, -(2**31)]
+    ),
     FieldDescriptor.CPPTYPE_UINT64: st.sampled_from([0, 1, 2, 3, 2**63, 2**64 - 1]),
     FieldDescriptor.CPPTYPE_FLOAT: st.sampled_from([0.5, 1.0]) | st.floats(width=32),
     FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
@@ -89,9 +93,18 @@ FEATURES = st.tuples(st.just(NAME), st.integers(0, N_FEATURES - 2))
 SCOPES = st.fixed_dictionaries(
     {
         "only": st.sampled_from([(), ("prompt",), ("generated",), ("generated", "prompt")]),
-        "exclude": st.none() | st.lists(st.integers(0, 63), max_size=3),
-    }
+        "exclude": st.lists(st.integers(-3, 63), max_size=3),
+    },
+    optional={
+        "at": st.lists(st.integers(-3, 63), max_size=3),
+        "windows": st.lists(st.tuples(st.integers(-3, 63), st.none() | st.integers(-3, 64))),
+        "tokens": st.lists(st.integers(0, 127), max_size=3),
+        "exclude_tokens": st.lists(st.integers(0, 127), max_size=3),
+        "when": st.just(active()) | st.just(active((NAME, 4), above=0.5)),
+    },
 )
+PATCHES = st.dictionaries(st.integers(-3, 63), VALUES, min_size=1, max_size=4)
+LIMITS = limits(ENGINE)
 
 
 @st.composite
@@ -103,6 +116,9 @@ def edits(draw: st.DrawFn) -> edits_pb2.Edit:
         lambda: clamp(feature, value, unit, **scope),
         lambda: scale(feature, value, **scope),
         lambda: add(feature, value, draw(st.sampled_from([unit, "norm"])), **scope),
+        lambda: limit(feature, value, value + draw(st.floats(0, 9)), unit, **scope),
+        lambda: limit(feature, high=value, unit=unit, **scope),
+        lambda: patch(feature, draw(PATCHES), unit, **scope),
     ]
     return draw(st.sampled_from(kinds))()
 
@@ -110,13 +126,19 @@ def edits(draw: st.DrawFn) -> edits_pb2.Edit:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(edits(), max_size=4, unique_by=lambda edit: edit.feature))
 def test_resolved_edits_mean_the_same_when_they_are_sent_again(given_edits):
-    resolved = read_edits(given_edits, REGISTRY, ENGINE.max_model_len, "edits")
+    resolved = read_edits(given_edits, REGISTRY, LIMITS, "edits")
     echoed = write_edits(resolved)
 
-    again = read_edits(echoed, REGISTRY, ENGINE.max_model_len, "edits")
+    again = read_edits(echoed, REGISTRY, LIMITS, "edits")
 
     assert write_edits(again) == echoed
     assert [entry.scope for entry in again] == [entry.scope for entry in resolved]
+    assert [entry.when for entry in again] == [entry.when for entry in resolved]
     assert [type(entry.edit) for entry in again] == [type(entry.edit) for entry in resolved]
     for entry, before in zip(again, resolved, strict=True):
-        assert vars(entry.edit) == pytest.approx(vars(before.edit), rel=1e-6)
+        assert numbers(entry.edit) == pytest.approx(numbers(before.edit), rel=1e-6)
+
+
+def numbers(edit: Edit) -> dict[str, float]:
+    found = vars(edit).copy()
+    return found | {str(position): value for position, value in found.pop("values", ())}

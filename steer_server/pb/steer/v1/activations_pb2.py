@@ -26,23 +26,27 @@ from steer.v1 import edits_pb2 as steer_dot_v1_dot_edits__pb2
 from steer.v1 import prompt_pb2 as steer_dot_v1_dot_prompt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteer/v1/activations.proto\x12\x08steer.v1\x1a\x14steer/v1/edits.proto\x1a\x15steer/v1/prompt.proto\"\x87\x01\n\x07ReadOut\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x05top_k\x18\x02 \x01(\rH\x00\x12)\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x15.steer.v1.FeatureListH\x00\x12\x1f\n\x06phases\x18\x04 \x03(\x0e\x32\x0f.steer.v1.PhaseB\x0b\n\tselection\"\x1f\n\x0b\x46\x65\x61tureList\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x03(\r\"\x8f\x01\n\x11SparseActivations\x12\x10\n\x08read_out\x18\x01 \x01(\r\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x03(\r\x12\x12\n\nrow_splits\x18\x04 \x03(\r\x12\x0f\n\x07\x66\x65\x61ture\x18\x05 \x03(\r\x12\r\n\x05value\x18\x06 \x03(\x02\x12\x0e\n\x06\x61\x63tive\x18\x07 \x03(\r\"W\n\rEncodeRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.steer.v1.Prompt\x12$\n\tread_outs\x18\x02 \x03(\x0b\x32\x11.steer.v1.ReadOut\"j\n\x0e\x45ncodeResponse\x12&\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.steer.v1.PromptTokens\x12\x30\n\x0b\x61\x63tivations\x18\x02 \x03(\x0b\x32\x1b.steer.v1.SparseActivations2R\n\x11\x41\x63tivationService\x12=\n\x06\x45ncode\x12\x17.steer.v1.EncodeRequest\x1a\x18.steer.v1.EncodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteer/v1/activations.proto\x12\x08steer.v1\x1a\x14steer/v1/edits.proto\x1a\x15steer/v1/prompt.proto\"\xde\x01\n\x07ReadOut\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x05top_k\x18\x02 \x01(\rH\x00\x12)\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x15.steer.v1.FeatureListH\x00\x12 \n\x05\x61\x62ove\x18\x05 \x01(\x0b\x32\x0f.steer.v1.AboveH\x00\x12\x1f\n\x06phases\x18\x04 \x03(\x0e\x32\x0f.steer.v1.Phase\x12\x1e\n\x05stage\x18\x06 \x01(\x0e\x32\x0f.steer.v1.Stage\x12\x13\n\x0bskip_cached\x18\x07 \x01(\x08\x42\x0b\n\tselection\"@\n\x05\x41\x62ove\x12\x11\n\tthreshold\x18\x01 \x01(\x02\x12\x16\n\trow_bytes\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_row_bytes\"\x1f\n\x0b\x46\x65\x61tureList\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x03(\r\"\x8f\x01\n\x11SparseActivations\x12\x10\n\x08read_out\x18\x01 \x01(\r\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x03(\r\x12\x12\n\nrow_splits\x18\x04 \x03(\r\x12\x0f\n\x07\x66\x65\x61ture\x18\x05 \x03(\r\x12\r\n\x05value\x18\x06 \x03(\x02\x12\x0e\n\x06\x61\x63tive\x18\x07 \x03(\r\"W\n\rEncodeRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.steer.v1.Prompt\x12$\n\tread_outs\x18\x02 \x03(\x0b\x32\x11.steer.v1.ReadOut\"j\n\x0e\x45ncodeResponse\x12&\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.steer.v1.PromptTokens\x12\x30\n\x0b\x61\x63tivations\x18\x02 \x03(\x0b\x32\x1b.steer.v1.SparseActivations*M\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12STAGE_BEFORE_EDITS\x10\x01\x12\x15\n\x11STAGE_AFTER_EDITS\x10\x02\x32R\n\x11\x41\x63tivationService\x12=\n\x06\x45ncode\x12\x17.steer.v1.EncodeRequest\x1a\x18.steer.v1.EncodeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steer.v1.activations_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_STAGE']._serialized_start=752
+  _globals['_STAGE']._serialized_end=829
   _globals['_READOUT']._serialized_start=86
-  _globals['_READOUT']._serialized_end=221
-  _globals['_FEATURELIST']._serialized_start=223
-  _globals['_FEATURELIST']._serialized_end=254
-  _globals['_SPARSEACTIVATIONS']._serialized_start=257
-  _globals['_SPARSEACTIVATIONS']._serialized_end=400
-  _globals['_ENCODEREQUEST']._serialized_start=402
-  _globals['_ENCODEREQUEST']._serialized_end=489
-  _globals['_ENCODERESPONSE']._serialized_start=491
-  _globals['_ENCODERESPONSE']._serialized_end=597
-  _globals['_ACTIVATIONSERVICE']._serialized_start=599
-  _globals['_ACTIVATIONSERVICE']._serialized_end=681
+  _globals['_READOUT']._serialized_end=308
+  _globals['_ABOVE']._serialized_start=310
+  _globals['_ABOVE']._serialized_end=374
+  _globals['_FEATURELIST']._serialized_start=376
+  _globals['_FEATURELIST']._serialized_end=407
+  _globals['_SPARSEACTIVATIONS']._serialized_start=410
+  _globals['_SPARSEACTIVATIONS']._serialized_end=553
+  _globals['_ENCODEREQUEST']._serialized_start=555
+  _globals['_ENCODEREQUEST']._serialized_end=642
+  _globals['_ENCODERESPONSE']._serialized_start=644
+  _globals['_ENCODERESPONSE']._serialized_end=750
+  _globals['_ACTIVATIONSERVICE']._serialized_start=831
+  _globals['_ACTIVATIONSERVICE']._serialized_end=913
 # @@protoc_insertion_point(module_scope)

@@ -1,6 +1,7 @@
 from steer.v1 import edits_pb2 as _edits_pb2
 from steer.v1 import prompt_pb2 as _prompt_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -8,17 +9,40 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STAGE_UNSPECIFIED: _ClassVar[Stage]
+    STAGE_BEFORE_EDITS: _ClassVar[Stage]
+    STAGE_AFTER_EDITS: _ClassVar[Stage]
+STAGE_UNSPECIFIED: Stage
+STAGE_BEFORE_EDITS: Stage
+STAGE_AFTER_EDITS: Stage
+
 class ReadOut(_message.Message):
-    __slots__ = ("dictionary", "top_k", "features", "phases")
+    __slots__ = ("dictionary", "top_k", "features", "above", "phases", "stage", "skip_cached")
     DICTIONARY_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
+    ABOVE_FIELD_NUMBER: _ClassVar[int]
     PHASES_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    SKIP_CACHED_FIELD_NUMBER: _ClassVar[int]
     dictionary: str
     top_k: int
     features: FeatureList
+    above: Above
     phases: _containers.RepeatedScalarFieldContainer[_edits_pb2.Phase]
-    def __init__(self, dictionary: _Optional[str] = ..., top_k: _Optional[int] = ..., features: _Optional[_Union[FeatureList, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[_edits_pb2.Phase, str]]] = ...) -> None: ...
+    stage: Stage
+    skip_cached: bool
+    def __init__(self, dictionary: _Optional[str] = ..., top_k: _Optional[int] = ..., features: _Optional[_Union[FeatureList, _Mapping]] = ..., above: _Optional[_Union[Above, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[_edits_pb2.Phase, str]]] = ..., stage: _Optional[_Union[Stage, str]] = ..., skip_cached: _Optional[bool] = ...) -> None: ...
+
+class Above(_message.Message):
+    __slots__ = ("threshold", "row_bytes")
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    threshold: float
+    row_bytes: int
+    def __init__(self, threshold: _Optional[float] = ..., row_bytes: _Optional[int] = ...) -> None: ...
 
 class FeatureList(_message.Message):
     __slots__ = ("features",)

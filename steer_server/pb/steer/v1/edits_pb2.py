@@ -24,31 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14steer/v1/edits.proto\x12\x08steer.v1\"\xd9\x01\n\x04\x45\x64it\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12\"\n\x06\x61\x62late\x18\x03 \x01(\x0b\x32\x10.steer.v1.AblateH\x00\x12 \n\x05\x63lamp\x18\x04 \x01(\x0b\x32\x0f.steer.v1.ClampH\x00\x12 \n\x05scale\x18\x05 \x01(\x0b\x32\x0f.steer.v1.ScaleH\x00\x12\x1c\n\x03\x61\x64\x64\x18\x06 \x01(\x0b\x32\r.steer.v1.AddH\x00\x12\x1e\n\x05scope\x18\n \x01(\x0b\x32\x0f.steer.v1.ScopeB\x06\n\x04kind\"\x08\n\x06\x41\x62late\"4\n\x05\x43lamp\x12\r\n\x05value\x18\x01 \x01(\x02\x12\x1c\n\x04unit\x18\x02 \x01(\x0e\x32\x0e.steer.v1.Unit\"\x17\n\x05Scale\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x02\"2\n\x03\x41\x64\x64\x12\r\n\x05value\x18\x01 \x01(\x02\x12\x1c\n\x04unit\x18\x02 \x01(\x0e\x32\x0e.steer.v1.Unit\"X\n\x05Scope\x12\x1f\n\x06phases\x18\x01 \x03(\x0e\x32\x0f.steer.v1.Phase\x12.\n\x11\x65xclude_positions\x18\x02 \x01(\x0b\x32\x13.steer.v1.Positions\"\x1e\n\tPositions\x12\x11\n\tpositions\x18\x01 \x03(\r\"\x94\x01\n\nEditReport\x12\x10\n\x08revision\x18\x01 \x01(\r\x12\x0c\n\x04\x65\x64it\x18\x02 \x01(\r\x12\x17\n\x0ftokens_in_scope\x18\x03 \x01(\r\x12\x16\n\x0etokens_changed\x18\x04 \x01(\r\x12\x1a\n\x12mean_relative_size\x18\x05 \x01(\x02\x12\x19\n\x11max_relative_size\x18\x06 \x01(\x02*\x89\x01\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x13\n\x0fUNIT_ACTIVATION\x10\x01\x12 \n\x1cUNIT_MAX_ACTIVATION_MULTIPLE\x10\x02\x12\x16\n\x12UNIT_RELATIVE_NORM\x10\x03\x12\x1c\n\x18UNIT_DECODER_COEFFICIENT\x10\x04*E\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_PROMPT\x10\x01\x12\x13\n\x0fPHASE_GENERATED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14steer/v1/edits.proto\x12\x08steer.v1\"\xc0\x02\n\x04\x45\x64it\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12\"\n\x06\x61\x62late\x18\x03 \x01(\x0b\x32\x10.steer.v1.AblateH\x00\x12 \n\x05\x63lamp\x18\x04 \x01(\x0b\x32\x0f.steer.v1.ClampH\x00\x12 \n\x05scale\x18\x05 \x01(\x0b\x32\x0f.steer.v1.ScaleH\x00\x12\x1c\n\x03\x61\x64\x64\x18\x06 \x01(\x0b\x32\r.steer.v1.AddH\x00\x12 \n\x05limit\x18\x07 \x01(\x0b\x32\x0f.steer.v1.LimitH\x00\x12 \n\x05patch\x18\x08 \x01(\x0b\x32\x0f.steer.v1.PatchH\x00\x12\x1e\n\x05scope\x18\n \x01(\x0b\x32\x0f.steer.v1.Scope\x12!\n\x04when\x18\x0b \x01(\x0b\x32\x13.steer.v1.ConditionB\x06\n\x04kind\"\x08\n\x06\x41\x62late\"4\n\x05\x43lamp\x12\r\n\x05value\x18\x01 \x01(\x02\x12\x1c\n\x04unit\x18\x02 \x01(\x0e\x32\x0e.steer.v1.Unit\"\x17\n\x05Scale\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x02\"2\n\x03\x41\x64\x64\x12\r\n\x05value\x18\x01 \x01(\x02\x12\x1c\n\x04unit\x18\x02 \x01(\x0e\x32\x0e.steer.v1.Unit\"[\n\x05Limit\x12\x10\n\x03low\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x1c\n\x04unit\x18\x03 \x01(\x0e\x32\x0e.steer.v1.UnitB\x06\n\x04_lowB\x07\n\x05_high\"H\n\x05Patch\x12\x11\n\tpositions\x18\x01 \x03(\x05\x12\x0e\n\x06values\x18\x02 \x03(\x02\x12\x1c\n\x04unit\x18\x03 \x01(\x0e\x32\x0e.steer.v1.Unit\"P\n\tCondition\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x14\n\x07\x66\x65\x61ture\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x61\x62ove\x18\x03 \x01(\x02\x42\n\n\x08_feature\"\xbc\x01\n\x05Scope\x12\x1f\n\x06phases\x18\x01 \x03(\x0e\x32\x0f.steer.v1.Phase\x12.\n\x11\x65xclude_positions\x18\x02 \x01(\x0b\x32\x13.steer.v1.Positions\x12\x11\n\tpositions\x18\x03 \x03(\x05\x12!\n\x07windows\x18\x04 \x03(\x0b\x32\x10.steer.v1.Window\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x19\n\x11\x65xclude_token_ids\x18\x06 \x03(\r\"\x1e\n\tPositions\x12\x11\n\tpositions\x18\x01 \x03(\x05\"1\n\x06Window\x12\r\n\x05\x66irst\x18\x01 \x01(\x05\x12\x10\n\x03\x65nd\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x06\n\x04_end\"\x94\x01\n\nEditReport\x12\x10\n\x08revision\x18\x01 \x01(\r\x12\x0c\n\x04\x65\x64it\x18\x02 \x01(\r\x12\x17\n\x0ftokens_in_scope\x18\x03 \x01(\r\x12\x16\n\x0etokens_changed\x18\x04 \x01(\r\x12\x1a\n\x12mean_relative_size\x18\x05 \x01(\x02\x12\x19\n\x11max_relative_size\x18\x06 \x01(\x02*\x89\x01\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x13\n\x0fUNIT_ACTIVATION\x10\x01\x12 \n\x1cUNIT_MAX_ACTIVATION_MULTIPLE\x10\x02\x12\x16\n\x12UNIT_RELATIVE_NORM\x10\x03\x12\x1c\n\x18UNIT_DECODER_COEFFICIENT\x10\x04*E\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_PROMPT\x10\x01\x12\x13\n\x0fPHASE_GENERATED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steer.v1.edits_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UNIT']._serialized_start=669
-  _globals['_UNIT']._serialized_end=806
-  _globals['_PHASE']._serialized_start=808
-  _globals['_PHASE']._serialized_end=877
+  _globals['_UNIT']._serialized_start=1173
+  _globals['_UNIT']._serialized_end=1310
+  _globals['_PHASE']._serialized_start=1312
+  _globals['_PHASE']._serialized_end=1381
   _globals['_EDIT']._serialized_start=35
-  _globals['_EDIT']._serialized_end=252
-  _globals['_ABLATE']._serialized_start=254
-  _globals['_ABLATE']._serialized_end=262
-  _globals['_CLAMP']._serialized_start=264
-  _globals['_CLAMP']._serialized_end=316
-  _globals['_SCALE']._serialized_start=318
-  _globals['_SCALE']._serialized_end=341
-  _globals['_ADD']._serialized_start=343
-  _globals['_ADD']._serialized_end=393
-  _globals['_SCOPE']._serialized_start=395
-  _globals['_SCOPE']._serialized_end=483
-  _globals['_POSITIONS']._serialized_start=485
-  _globals['_POSITIONS']._serialized_end=515
-  _globals['_EDITREPORT']._serialized_start=518
-  _globals['_EDITREPORT']._serialized_end=666
+  _globals['_EDIT']._serialized_end=355
+  _globals['_ABLATE']._serialized_start=357
+  _globals['_ABLATE']._serialized_end=365
+  _globals['_CLAMP']._serialized_start=367
+  _globals['_CLAMP']._serialized_end=419
+  _globals['_SCALE']._serialized_start=421
+  _globals['_SCALE']._serialized_end=444
+  _globals['_ADD']._serialized_start=446
+  _globals['_ADD']._serialized_end=496
+  _globals['_LIMIT']._serialized_start=498
+  _globals['_LIMIT']._serialized_end=589
+  _globals['_PATCH']._serialized_start=591
+  _globals['_PATCH']._serialized_end=663
+  _globals['_CONDITION']._serialized_start=665
+  _globals['_CONDITION']._serialized_end=745
+  _globals['_SCOPE']._serialized_start=748
+  _globals['_SCOPE']._serialized_end=936
+  _globals['_POSITIONS']._serialized_start=938
+  _globals['_POSITIONS']._serialized_end=968
+  _globals['_WINDOW']._serialized_start=970
+  _globals['_WINDOW']._serialized_end=1019
+  _globals['_EDITREPORT']._serialized_start=1022
+  _globals['_EDITREPORT']._serialized_end=1170
 # @@protoc_insertion_point(module_scope)

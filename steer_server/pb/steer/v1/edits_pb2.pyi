@@ -30,22 +30,28 @@ PHASE_PROMPT: Phase
 PHASE_GENERATED: Phase
 
 class Edit(_message.Message):
-    __slots__ = ("dictionary", "feature", "ablate", "clamp", "scale", "add", "scope")
+    __slots__ = ("dictionary", "feature", "ablate", "clamp", "scale", "add", "limit", "patch", "scope", "when")
     DICTIONARY_FIELD_NUMBER: _ClassVar[int]
     FEATURE_FIELD_NUMBER: _ClassVar[int]
     ABLATE_FIELD_NUMBER: _ClassVar[int]
     CLAMP_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     ADD_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    PATCH_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
+    WHEN_FIELD_NUMBER: _ClassVar[int]
     dictionary: str
     feature: int
     ablate: Ablate
     clamp: Clamp
     scale: Scale
     add: Add
+    limit: Limit
+    patch: Patch
     scope: Scope
-    def __init__(self, dictionary: _Optional[str] = ..., feature: _Optional[int] = ..., ablate: _Optional[_Union[Ablate, _Mapping]] = ..., clamp: _Optional[_Union[Clamp, _Mapping]] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., add: _Optional[_Union[Add, _Mapping]] = ..., scope: _Optional[_Union[Scope, _Mapping]] = ...) -> None: ...
+    when: Condition
+    def __init__(self, dictionary: _Optional[str] = ..., feature: _Optional[int] = ..., ablate: _Optional[_Union[Ablate, _Mapping]] = ..., clamp: _Optional[_Union[Clamp, _Mapping]] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., add: _Optional[_Union[Add, _Mapping]] = ..., limit: _Optional[_Union[Limit, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., scope: _Optional[_Union[Scope, _Mapping]] = ..., when: _Optional[_Union[Condition, _Mapping]] = ...) -> None: ...
 
 class Ablate(_message.Message):
     __slots__ = ()
@@ -73,19 +79,65 @@ class Add(_message.Message):
     unit: Unit
     def __init__(self, value: _Optional[float] = ..., unit: _Optional[_Union[Unit, str]] = ...) -> None: ...
 
+class Limit(_message.Message):
+    __slots__ = ("low", "high", "unit")
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    low: float
+    high: float
+    unit: Unit
+    def __init__(self, low: _Optional[float] = ..., high: _Optional[float] = ..., unit: _Optional[_Union[Unit, str]] = ...) -> None: ...
+
+class Patch(_message.Message):
+    __slots__ = ("positions", "values", "unit")
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    unit: Unit
+    def __init__(self, positions: _Optional[_Iterable[int]] = ..., values: _Optional[_Iterable[float]] = ..., unit: _Optional[_Union[Unit, str]] = ...) -> None: ...
+
+class Condition(_message.Message):
+    __slots__ = ("dictionary", "feature", "above")
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    ABOVE_FIELD_NUMBER: _ClassVar[int]
+    dictionary: str
+    feature: int
+    above: float
+    def __init__(self, dictionary: _Optional[str] = ..., feature: _Optional[int] = ..., above: _Optional[float] = ...) -> None: ...
+
 class Scope(_message.Message):
-    __slots__ = ("phases", "exclude_positions")
+    __slots__ = ("phases", "exclude_positions", "positions", "windows", "token_ids", "exclude_token_ids")
     PHASES_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     phases: _containers.RepeatedScalarFieldContainer[Phase]
     exclude_positions: Positions
-    def __init__(self, phases: _Optional[_Iterable[_Union[Phase, str]]] = ..., exclude_positions: _Optional[_Union[Positions, _Mapping]] = ...) -> None: ...
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    windows: _containers.RepeatedCompositeFieldContainer[Window]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    exclude_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, phases: _Optional[_Iterable[_Union[Phase, str]]] = ..., exclude_positions: _Optional[_Union[Positions, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ..., windows: _Optional[_Iterable[_Union[Window, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., exclude_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Positions(_message.Message):
     __slots__ = ("positions",)
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, positions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Window(_message.Message):
+    __slots__ = ("first", "end")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    end: int
+    def __init__(self, first: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class EditReport(_message.Message):
     __slots__ = ("revision", "edit", "tokens_in_scope", "tokens_changed", "mean_relative_size", "max_relative_size")
