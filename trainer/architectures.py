@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steer_server.dictionary.dictionary import Activation, Dictionary
 from trainer.active import Active, at
+from trainer.ranks import ALONE, Ranks
 
 Stack = dict[str, Tensor]
 """Parameters, or their gradients, by name; [members, ...]."""
@@ -42,10 +43,12 @@ class Hyper:
     """Which features AuxK is for, [members, features]."""
     guess: Float[Tensor, " members"] | None = None
     """Below the smallest activation that BatchTopK will let through, most likely; a wrong one costs time."""
+    ranks: Ranks = ALONE
+    """Processes among which the tokens of `x` or the features of the parameters are divided."""
 
 
 class Outcome(NamedTuple):
-    """What one batch says of each member."""
+    """What one batch says of each member; of several ranks, the share of it that this one's adds to the sum."""
 
     loss: Float[Tensor, " members"]
     l0: Float[Tensor, " members"]
@@ -53,6 +56,7 @@ class Outcome(NamedTuple):
     fired: Tensor
     """[members, features]"""
     gradients: Stack
+    """Of this rank's features; where each rank has all of them, a share."""
     least_active: Float[Tensor, " members"]
     """The smallest activation that BatchTopK let through; 0 for all others."""
 
@@ -102,17 +106,19 @@ class Tied:
         W = p["M"] / norm
         z = _encode(x, W, p["b_enc"])
         f = at(z > 0, z)
-        error = f.decode(W) - x
-        divisor = x.numel() if hyper.mean_over_d else len(x)
+        error = hyper.ranks.over_features(f.decode(W)) - x
+        tokens = hyper.ranks.all_tokens(len(x))
+        divisor = tokens * x.shape[1] if hyper.mean_over_d else tokens
         g = error * (2 / divisor)
         pulled = f.pull(g, W)
-        pulled = f.like(pulled.values + f.of_member(hyper.alpha / len(x)))
+        pulled = f.like(pulled.values + f.of_member(hyper.alpha / tokens))
         dW = f.transposed(g) + pulled.transposed(x.expand_as(error))
         # d(M/|M|): only the part of dW across the row turns it; along the row the norm undoes it.
         dM = dW.addcmul_(W, (dW * W).sum(dim=2, keepdim=True), value=-1.0).div_(norm)
-        squared = error.square().sum(dim=(1, 2))
-        loss = squared / divisor + hyper.alpha * f.sum_tokens().sum(dim=1) / len(x)
-        return _outcome(loss, squared, x, f, {"M": dM, "b_enc": pulled.sum_tokens()})
+        squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
+        loss = squared / divisor + hyper.alpha * f.sum_tokens().sum(dim=1) / tokens
+        gradients = {"M": dM, "b_enc": pulled.sum_tokens()}
+        return _outcome(loss, squared, x, f, gradients, hyper)
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         rows = p["M"] / p["M"].norm(dim=1, keepdim=True).clamp(min=_LEAST_NORM)
@@ -136,10 +142,11 @@ class Relu:
     def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
         z = _encode(x, p["W_enc"], p["b_enc"])
         f = at(z > 0, z)
-        error = f.decode(p["W_dec"]) + p["b_dec"][:, None] - x
-        divisor = x.numel() if hyper.mean_over_d else len(x)
+        error = hyper.ranks.over_features(f.decode(p["W_dec"])) + p["b_dec"][:, None] - x
+        tokens = hyper.ranks.all_tokens(len(x))
+        divisor = tokens * x.shape[1] if hyper.mean_over_d else tokens
         g = error * (2 / divisor)
-        weight = hyper.alpha / len(x)
+        weight = hyper.alpha / tokens
         norm = p["W_dec"].norm(dim=2)
         pulled = f.pull(g, p["W_dec"])
         pulled = f.like(pulled.values + f.of_feature(weight[:, None] * norm))
@@ -149,11 +156,11 @@ class Relu:
             "W_enc": pulled.transposed(x.expand_as(error)),
             "b_enc": pulled.sum_tokens(),
             "W_dec": f.transposed(g) + shrink[:, :, None] * p["W_dec"],
-            "b_dec": g.sum(dim=1),
+            "b_dec": hyper.ranks.once(g.sum(dim=1)),
         }
-        squared = error.square().sum(dim=(1, 2))
+        squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
         loss = squared / divisor + weight * (total * norm).sum(dim=1)
-        return _outcome(loss, squared, x, f, gradients)
+        return _outcome(loss, squared, x, f, gradients, hyper)
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         return Dictionary(p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"], input_scale=scale)
@@ -184,13 +191,13 @@ class TopK:
         parts = [slice(first, last) for first, last in zip((0, *ends), ends, strict=False)]
         blocks = [at(chosen[:, :, part], z[:, :, part]) for part in parts]
         decoders = [p["W_dec"][:, part] for part in parts]
-        variance = _variance(x)
+        variance = _variance(x, hyper.ranks)
         error = p["b_dec"][:, None] - x
         errors = []
         for f, W in zip(blocks, decoders, strict=True):
-            error = error + f.decode(W)
+            error = error + hyper.ranks.over_features(f.decode(W))
             errors.append(error)
-        squares = [e.square().sum(dim=(1, 2)) for e in errors]
+        squares = [hyper.ranks.once(e.square().sum(dim=(1, 2))) for e in errors]
         loss = torch.stack(squares).sum(dim=0) / (len(parts) * variance)
         # What a block decodes is part of every reconstruction from its own on.
         g = torch.zeros_like(error)
@@ -205,15 +212,18 @@ class TopK:
             "W_enc": torch.cat(encoder[::-1], dim=1),
             "b_enc": torch.cat(bias[::-1], dim=1),
             "W_dec": torch.cat(decoder[::-1], dim=1),
-            "b_dec": g.sum(dim=1),
+            "b_dec": hyper.ranks.once(g.sum(dim=1)),
         }
-        if hyper.aux_k and hyper.dead is not None and hyper.dead.any():
-            loss = loss + self._revive(p, x, z, error, hyper, gradients)
+        if hyper.aux_k and hyper.dead is not None:
+            some_dead = hyper.ranks.any_feature(hyper.dead.any(dim=1))
+            if some_dead.any():
+                loss = loss + self._revive(p, x, z, error, some_dead, hyper, gradients)
         _uncentre(p, gradients)
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
         fired = torch.cat([f.fired() for f in blocks], dim=1)
         count = torch.stack([f.count() for f in blocks]).sum(dim=0)
-        return Outcome(loss, count / len(x), squares[-1] / variance, fired, gradients, least)
+        l0 = count / hyper.ranks.all_tokens(len(x))
+        return Outcome(loss, l0, squares[-1] / variance, fired, gradients, least)
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         parts = p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"]
@@ -229,38 +239,47 @@ class TopK:
         members, tokens, _ = z.shape
         if self.over_batch:
             guesses = z.new_zeros(members) if hyper.guess is None else hyper.guess
-            found = [
-                _nth_largest(own, tokens * k, guess)
-                for own, k, guess in zip(z, hyper.k, guesses, strict=True)
-            ]
-            least = torch.stack(found)
+            ns = [hyper.ranks.all_tokens(tokens) * k for k in hyper.k]
+            if hyper.ranks.size > 1:
+                least = hyper.ranks.nth_largest(z, ns, guesses)
+            else:
+                found = map(_nth_largest, z, ns, guesses)
+                least = torch.stack(list(found))
             return (z >= least[:, None, None]) & (z > 0), least.clamp(min=0.0)
         widest = max(hyper.k)
-        best = z.topk(widest, dim=2)
+        best = z.topk(min(widest, z.shape[2]), dim=2)
         limit = torch.tensor(hyper.k, device=z.device)[:, None, None]
-        kept = (torch.arange(widest, device=z.device) < limit) & (best.values > 0)
+        kept = (hyper.ranks.places(best.values) < limit) & (best.values > 0)
         chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(2, best.indices, kept)
         return chosen, z.new_zeros(members)
 
     def _revive(
-        self, p: Stack, x: Tensor, z: Tensor, error: Tensor, hyper: Hyper, gradients: Stack
+        self,
+        p: Stack,
+        x: Tensor,
+        z: Tensor,
+        error: Tensor,
+        some_dead: Tensor,
+        hyper: Hyper,
+        gradients: Stack,
     ) -> Tensor:
-        """AuxK: adds its gradients and returns its loss."""
+        """AuxK for the members that have dead features: adds its gradients and returns its loss."""
         assert hyper.dead is not None
         masked = z.masked_fill(~hyper.dead[:, None], float("-inf"))
         best = masked.topk(min(hyper.aux_k, z.shape[2]), dim=2)
         chosen = torch.zeros_like(z, dtype=torch.bool)
-        chosen.scatter_(2, best.indices, best.values > 0)
+        kept = (hyper.ranks.places(best.values) < hyper.aux_k) & (best.values > 0)
+        chosen.scatter_(2, best.indices, kept)
         f = at(chosen, z)
-        missed = f.decode(p["W_dec"]) + error
-        total = error.square().sum(dim=(1, 2)).clamp(min=_LEAST_NORM)
-        weight = torch.where(hyper.dead.any(dim=1), hyper.aux_weight / total, 0.0)
+        missed = hyper.ranks.over_features(f.decode(p["W_dec"])) + error
+        total = hyper.ranks.over_tokens(error.square().sum(dim=(1, 2))).clamp(min=_LEAST_NORM)
+        weight = torch.where(some_dead, hyper.aux_weight / total, 0.0)
         g = missed * (2 * weight)[:, None, None]
         pulled = f.pull(g, p["W_dec"])
         gradients["W_enc"] += pulled.transposed(x.expand_as(g))
         gradients["b_enc"] += pulled.sum_tokens()
         gradients["W_dec"] += f.transposed(g)
-        return weight * missed.square().sum(dim=(1, 2))
+        return hyper.ranks.once(weight * missed.square().sum(dim=(1, 2)))
 
 
 class JumpRelu:
@@ -284,24 +303,25 @@ class JumpRelu:
         z = _encode(x, p["W_enc"], p["b_enc"])
         threshold = p["log_threshold"].exp()
         f = at(z > threshold[:, None], z)
-        error = f.decode(p["W_dec"]) + p["b_dec"][:, None] - x
-        g = error * (2 / len(x))
+        error = hyper.ranks.over_features(f.decode(p["W_dec"])) + p["b_dec"][:, None] - x
+        tokens = hyper.ranks.all_tokens(len(x))
+        g = error * (2 / tokens)
         pulled = f.pull(g, p["W_dec"])
         near = at((z - threshold[:, None]).abs() < hyper.bandwidth / 2, z)
-        weight = hyper.alpha / len(x)
+        weight = hyper.alpha / tokens
         felt = near.pull(g, p["W_dec"])
         slope = felt.values * near.of_feature(threshold) + near.of_member(weight)
         gradients = {
             "W_enc": pulled.transposed(x.expand_as(error)),
             "b_enc": pulled.sum_tokens(),
             "W_dec": f.transposed(g),
-            "b_dec": g.sum(dim=1),
+            "b_dec": hyper.ranks.once(g.sum(dim=1)),
             "log_threshold": -threshold / hyper.bandwidth * near.like(slope).sum_tokens(),
         }
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
-        squared = error.square().sum(dim=(1, 2))
-        loss = squared / len(x) + weight * f.count()
-        return _outcome(loss, squared, x, f, gradients)
+        squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
+        loss = squared / tokens + weight * f.count()
+        return _outcome(loss, squared, x, f, gradients, hyper)
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         parts = p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"]
@@ -333,13 +353,14 @@ class Gated:
         gate = y + p["b_gate"][:, None]
         f = at((gate > 0) & (strength > 0), strength)
         h = at(gate > 0, gate)
-        error = f.decode(p["W_dec"]) + p["b_dec"][:, None] - x
-        aside = h.decode(p["W_dec"]) + p["b_dec"][:, None] - x
-        g = error * (2 / len(x))
-        weight = hyper.alpha / len(x)
+        error = hyper.ranks.over_features(f.decode(p["W_dec"])) + p["b_dec"][:, None] - x
+        aside = hyper.ranks.over_features(h.decode(p["W_dec"])) + p["b_dec"][:, None] - x
+        tokens = hyper.ranks.all_tokens(len(x))
+        g = error * (2 / tokens)
+        weight = hyper.alpha / tokens
         pulled = f.pull(g, p["W_dec"])
         through = f.like(pulled.values * f.of_feature(gain))
-        opened = h.pull(aside * (2 / len(x)), p["W_dec"])
+        opened = h.pull(aside * (2 / tokens), p["W_dec"])
         opened = h.like(opened.values + h.of_member(weight))
         # exp(r_mag) y is what is left of the strength without its bias.
         by_gain = f.like(pulled.values * (f.values - f.of_feature(p["b_mag"])))
@@ -351,15 +372,15 @@ class Gated:
             "b_mag": pulled.sum_tokens(),
             "r_mag": by_gain.sum_tokens(),
             "W_dec": f.transposed(g),
-            "b_dec": g.sum(dim=1),
+            "b_dec": hyper.ranks.once(g.sum(dim=1)),
         }
         _uncentre(p, gradients)
         del gradients["b_enc"]
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
-        squared = error.square().sum(dim=(1, 2))
-        loss = (squared + aside.square().sum(dim=(1, 2))) / len(x)
+        squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
+        loss = (squared + hyper.ranks.once(aside.square().sum(dim=(1, 2)))) / tokens
         loss = loss + weight * h.sum_tokens().sum(dim=1)
-        return _outcome(loss, squared, x, f, gradients)
+        return _outcome(loss, squared, x, f, gradients, hyper)
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         gate = p["W_enc"].T, p["b_gate"], p["r_mag"], p["b_mag"]
@@ -414,12 +435,16 @@ def _hold_unit_rows(W: Tensor, gradient: Tensor) -> None:
     gradient -= (gradient * W).sum(dim=2, keepdim=True) * W
 
 
-def _variance(x: Tensor) -> Tensor:
-    return (x - x.mean(dim=0)).square().sum().clamp(min=_LEAST_NORM)
+def _variance(x: Tensor, ranks: Ranks) -> Tensor:
+    mean = ranks.over_tokens(x.sum(dim=0)) / ranks.all_tokens(len(x))
+    return ranks.over_tokens((x - mean).square().sum()).clamp(min=_LEAST_NORM)
 
 
-def _outcome(loss: Tensor, squared: Tensor, x: Tensor, f: Active, gradients: Stack) -> Outcome:
-    l0, fvu = f.count() / len(x), squared / _variance(x)
+def _outcome(
+    loss: Tensor, squared: Tensor, x: Tensor, f: Active, gradients: Stack, hyper: Hyper
+) -> Outcome:
+    l0 = f.count() / hyper.ranks.all_tokens(len(x))
+    fvu = squared / _variance(x, hyper.ranks)
     return Outcome(loss, l0, fvu, f.fired(), gradients, torch.zeros_like(loss))
 
 
