@@ -7,18 +7,22 @@ many are active. All tensors have a leading dimension of members: dictionaries o
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from trainer.selection import nonzero, nth_largest
 
 with warnings.catch_warnings():
     # torch warns of its CSR tensors with the first of a process.
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
-SPARSE_SHARE = 1 / 20
+SPARSE_SHARE = 1 / 10
 """Of features active at a token below which products over the active ones are faster on a CPU."""
 
 
@@ -30,6 +34,14 @@ class Active(Protocol):
 
     def like(self, values: Tensor) -> Self:
         """Other entries in the same places."""
+        ...
+
+    def only(self, keep: Tensor) -> Self:
+        """Without the entries for which `keep`, of the shape of `values`, is false."""
+        ...
+
+    def columns(self, first: int, last: int) -> Self:
+        """The features from `first` to before `last`."""
         ...
 
     def of_member(self, numbers: Float[Tensor, " members"]) -> Tensor:
@@ -51,9 +63,9 @@ class Active(Protocol):
         ...
 
     def transposed(
-        self, g: Float[Tensor, "members tokens d"]
+        self, g: Float[Tensor, "*members tokens d"]
     ) -> Float[Tensor, "members features d"]:
-        """f^T g."""
+        """f^T g, where g may be one for all members."""
         ...
 
     def sum_tokens(self) -> Float[Tensor, "members features"]: ...
@@ -62,17 +74,33 @@ class Active(Protocol):
         """How many entries each member has."""
         ...
 
+    def nth_largest(self, ranks: Sequence[int]) -> Float[Tensor, " members"]:
+        """Of each member's entries the one of that rank; 0 where it has fewer."""
+        ...
+
     def fired(self) -> Tensor:
         """Whether each feature has an entry, [members, features]."""
         ...
 
 
-def at(mask: Tensor, values: Tensor) -> Active:
+def at(mask: Bool[Tensor, "members tokens features"], values: Tensor) -> Active:
     """The entries of `values` where `mask` is true, in the faster of the two forms."""
     count = int(torch.count_nonzero(mask))
     if mask.is_cuda or count > SPARSE_SHARE * mask.numel():
         return Dense(torch.where(mask, values, 0.0), mask)
-    return Sparse.at(mask, values)
+    flat = nonzero(mask)
+    return Sparse(_Places(flat, mask.shape), values.reshape(-1).index_select(0, flat))
+
+
+def at_columns(columns: Int[Tensor, "members tokens k"], keep: Tensor, values: Tensor) -> Active:
+    """The entries of `values` in those columns of each token, none of them twice, where `keep` is true."""
+    features = values.shape[2]
+    if values.is_cuda or columns.shape[2] > SPARSE_SHARE * features:
+        mask = torch.zeros_like(values, dtype=torch.bool).scatter_(2, columns, keep)
+        return Dense(torch.where(mask, values, 0.0), mask)
+    starts = torch.arange(0, values.numel(), features).view(*columns.shape[:2], 1)
+    flat = (columns + starts)[keep]
+    return Sparse(_Places(flat, values.shape), values.reshape(-1).index_select(0, flat))
 
 
 class Dense:
@@ -84,6 +112,13 @@ class Dense:
 
     def like(self, values: Tensor) -> Self:
         return type(self)(torch.where(self._mask, values, 0.0), self._mask)
+
+    def only(self, keep: Tensor) -> Self:
+        mask = self._mask & keep
+        return type(self)(torch.where(mask, self.values, 0.0), mask)
+
+    def columns(self, first: int, last: int) -> Self:
+        return type(self)(self.values[:, :, first:last], self._mask[:, :, first:last])
 
     def of_member(self, numbers: Tensor) -> Tensor:
         return numbers[:, None, None]
@@ -98,7 +133,7 @@ class Dense:
         return self.like(g @ W.mT)
 
     def transposed(self, g: Tensor) -> Tensor:
-        return self.values.mT @ g
+        return self.values.mT @ g.expand(len(self.values), -1, -1)
 
     def sum_tokens(self) -> Tensor:
         return self.values.sum(dim=1)
@@ -106,109 +141,119 @@ class Dense:
     def count(self) -> Tensor:
         return self._mask.sum(dim=(1, 2)).to(self.values.dtype)
 
+    def nth_largest(self, ranks: Sequence[int]) -> Tensor:
+        return nth_largest([v[m] for v, m in zip(self.values, self._mask, strict=True)], ranks)
+
     def fired(self) -> Tensor:
         return self._mask.any(dim=1)
 
 
 class Sparse:
-    """By token, in the compressed form of torch's CSR tensors; members one after the other."""
+    """By token, members one after the other.
+
+    Products with rows of a matrix are bags of an embedding, torch's fastest on a CPU, with the same sums whatever the
+    number of threads.
+    """
 
     def __init__(self, places: "_Places", values: Tensor) -> None:
         self._places = places
         self.values = values
 
-    @classmethod
-    def at(cls, mask: Tensor, values: Tensor) -> Self:
-        places = _Places(mask)
-        return cls(places, values.reshape(-1)[places.flat])
-
     def like(self, values: Tensor) -> Self:
         return type(self)(self._places, values)
+
+    def only(self, keep: Tensor) -> Self:
+        if keep.all():
+            return self
+        places = _Places(self._places.flat[keep], self._places.shape)
+        return type(self)(places, self.values[keep])
+
+    def columns(self, first: int, last: int) -> Self:
+        members, tokens, features = self._places.shape
+        column = self._places.flat % features
+        keep = (column >= first) & (column < last)
+        width = last - first
+        flat = self._places.row[keep] * width + column[keep] - first
+        return type(self)(_Places(flat, (members, tokens, width)), self.values[keep])
 
     def of_member(self, numbers: Tensor) -> Tensor:
         return numbers.repeat_interleave(self._places.counts)
 
     def of_feature(self, numbers: Tensor) -> Tensor:
-        return numbers.reshape(-1)[self._places.feature_of_all]
+        return numbers.reshape(-1).index_select(0, self._places.feature)
 
     def decode(self, W: Tensor) -> Tensor:
-        parts = self._places.by_token(self.values)
-        return torch.stack([part @ own for part, own in zip(parts, W, strict=True)])
+        members, tokens, _ = self._places.shape
+        starts = self._places.row_ends[:-1]
+        found = _bags(W.flatten(0, 1), self._places.feature, starts, self.values)
+        return found.view(members, tokens, -1)
 
     def pull(self, g: Tensor, W: Tensor) -> Self:
-        parts = self._places.by_token(self.values)
-        found = [
-            torch.sparse.sampled_addmm(part, left, right.mT, beta=0.0).values()
-            for part, left, right in zip(parts, g, W, strict=True)
-        ]
-        return self.like(torch.cat(found))
+        members, tokens, features = self._places.shape
+        # Members stand along the diagonal of one matrix.
+        pattern = torch.sparse_csr_tensor(
+            self._places.row_ends,
+            self._places.feature,
+            self.values,
+            (members * tokens, members * features),
+            check_invariants=False,
+        )
+        left, right = g.flatten(0, 1), W.flatten(0, 1).mT
+        return self.like(torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values())
 
     def transposed(self, g: Tensor) -> Tensor:
-        parts = self._places.by_feature(self.values)
-        return torch.stack([part @ own for part, own in zip(parts, g, strict=True)])
+        members, tokens, features = self._places.shape
+        order, starts = self._places.by_feature
+        row = self._places.row if g.ndim == 3 else self._places.row % tokens
+        values = self.values.index_select(0, order)
+        found = _bags(g.reshape(-1, g.shape[-1]), row.index_select(0, order), starts, values)
+        return found.view(members, features, -1)
 
     def sum_tokens(self) -> Tensor:
         members, _, features = self._places.shape
         total = self.values.new_zeros(members * features)
-        return total.index_add_(0, self._places.feature_of_all, self.values).view(members, features)
+        return total.index_add_(0, self._places.feature, self.values).view(members, features)
 
     def count(self) -> Tensor:
         return self._places.counts.to(self.values.dtype)
 
+    def nth_largest(self, ranks: Sequence[int]) -> Tensor:
+        return nth_largest(self.values.split(self._places.counts.tolist()), ranks)
+
     def fired(self) -> Tensor:
         members, _, features = self._places.shape
         fired = torch.zeros(members * features, dtype=torch.bool)
-        fired[self._places.feature_of_all] = True
+        fired[self._places.feature] = True
         return fired.view(members, features)
 
 
 class _Places:
     """Where entries are, and the orders in which products want them."""
 
-    def __init__(self, mask: Tensor) -> None:
-        self.shape = members, tokens, features = mask.shape
-        self.flat = mask.reshape(-1).nonzero().squeeze(1)
-        row = self.flat // features
-        self._feature = self.flat - row * features
-        per_row = torch.bincount(row, minlength=members * tokens).view(members, tokens)
-        self.counts = per_row.sum(dim=1)
-        self._row_ends = torch.nn.functional.pad(per_row.cumsum(dim=1), (1, 0))
-        self._ends = [0, *self.counts.cumsum(0).tolist()]
-        member = row // tokens
-        self._token = row - member * tokens
-        self.feature_of_all = member * features + self._feature
-        self._order: Tensor | None = None
+    def __init__(self, flat: Int[Tensor, " entries"], shape: tuple[int, ...]) -> None:
+        """`flat` counts through [members, tokens, features] and ascends by token."""
+        self.flat = flat
+        self.shape = members, tokens, features = shape
+        self.row = flat // features
+        """member x tokens + token."""
+        self.feature = flat - (self.row - self.row // tokens) * features
+        """member x features + feature."""
+        per_row = torch.bincount(self.row, minlength=members * tokens)
+        self.row_ends = pad(per_row.cumsum(dim=0), (1, 0))
+        self.counts = per_row.view(members, tokens).sum(dim=1)
+        self._by_feature: tuple[Tensor, Tensor] | None = None
 
-    def by_token(self, values: Tensor) -> list[Tensor]:
-        """[tokens, features] for each member."""
-        _, tokens, features = self.shape
-        return [
-            torch.sparse_csr_tensor(
-                ends, self._feature[part], values[part], (tokens, features), check_invariants=False
-            )
-            for ends, part in zip(self._row_ends, self._parts(), strict=True)
-        ]
+    @property
+    def by_feature(self) -> tuple[Tensor, Tensor]:
+        """The order in which entries ascend by feature, and where in it each feature begins."""
+        if self._by_feature is None:
+            members, _, features = self.shape
+            counts = torch.bincount(self.feature, minlength=members * features)
+            order = self.feature.int().argsort(stable=True)
+            self._by_feature = order, counts.cumsum(dim=0) - counts
+        return self._by_feature
 
-    def by_feature(self, values: Tensor) -> list[Tensor]:
-        """[features, tokens] for each member, in the layout that has a fast product."""
-        members, tokens, features = self.shape
-        if self._order is None:
-            self._order = self.feature_of_all.argsort(stable=True)
-            counts = torch.bincount(self.feature_of_all, minlength=members * features)
-            ends = counts.view(members, features).cumsum(dim=1)
-            self._feature_ends = torch.nn.functional.pad(ends, (1, 0))
-            self._token_by_feature = self._token[self._order]
-        ordered = values[self._order]
-        return [
-            torch.sparse_csr_tensor(
-                ends,
-                self._token_by_feature[part],
-                ordered[part],
-                (features, tokens),
-                check_invariants=False,
-            )
-            for ends, part in zip(self._feature_ends, self._parts(), strict=True)
-        ]
 
-    def _parts(self) -> list[slice]:
-        return [slice(first, last) for first, last in zip(self._ends, self._ends[1:], strict=False)]
+def _bags(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """sum_i weights_i table[rows_i] over each bag."""
+    return embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights)

@@ -6,7 +6,7 @@ by the tests. `V` is the batch's variance, sum |x - mean x|^2, so that a loss of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_server.dictionary.dictionary import Activation, Dictionary
-from trainer.active import Active, at
+from trainer.active import Active, at, at_columns
 from trainer.ranks import ALONE, Ranks
+from trainer.selection import top_k
 
 Stack = dict[str, Tensor]
 """Parameters, or their gradients, by name; [members, ...]."""
@@ -46,6 +47,16 @@ class Hyper:
     ranks: Ranks = ALONE
     """Processes among which the tokens of `x` or the features of the parameters are divided."""
 
+    def of(self, members: slice) -> "Hyper":
+        """What of it concerns those members."""
+        return replace(
+            self,
+            alpha=self.alpha[members],
+            k=self.k[members],
+            dead=None if self.dead is None else self.dead[members],
+            guess=None if self.guess is None else self.guess[members],
+        )
+
 
 class Outcome(NamedTuple):
     """What one batch says of each member; of several ranks, the share of it that this one's adds to the sum."""
@@ -55,8 +66,6 @@ class Outcome(NamedTuple):
     fvu: Float[Tensor, " members"]
     fired: Tensor
     """[members, features]"""
-    gradients: Stack
-    """Of this rank's features; where each rank has all of them, a share."""
     least_active: Float[Tensor, " members"]
     """The smallest activation that BatchTopK let through; 0 for all others."""
 
@@ -75,7 +84,11 @@ class Architecture(Protocol):
         """One member's first parameters, without the leading dimension; `mean` is that of x."""
         ...
 
-    def step(self, p: Stack, x: Float[Tensor, "tokens d_model"], hyper: Hyper) -> Outcome: ...
+    def step(
+        self, p: Stack, x: Float[Tensor, "tokens d_model"], hyper: Hyper
+    ) -> tuple[Outcome, Stack]:
+        """What one batch says, and the gradient of the loss, or of several ranks the share that this one's adds to it."""
+        ...
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         """One member as it will be served; x was multiplied by `scale` before training.
@@ -101,7 +114,7 @@ class Tied:
         torch.nn.init.xavier_uniform_(M, generator=generator)
         return {"M": M, "b_enc": torch.zeros(n_features)}
 
-    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
         norm = p["M"].norm(dim=2, keepdim=True).clamp(min=_LEAST_NORM)
         W = p["M"] / norm
         z = _encode(x, W, p["b_enc"])
@@ -112,13 +125,12 @@ class Tied:
         g = error * (2 / divisor)
         pulled = f.pull(g, W)
         pulled = f.like(pulled.values + f.of_member(hyper.alpha / tokens))
-        dW = f.transposed(g) + pulled.transposed(x.expand_as(error))
+        dW = f.transposed(g) + pulled.transposed(x)
         # d(M/|M|): only the part of dW across the row turns it; along the row the norm undoes it.
         dM = dW.addcmul_(W, (dW * W).sum(dim=2, keepdim=True), value=-1.0).div_(norm)
         squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
         loss = squared / divisor + hyper.alpha * f.sum_tokens().sum(dim=1) / tokens
-        gradients = {"M": dM, "b_enc": pulled.sum_tokens()}
-        return _outcome(loss, squared, x, f, gradients, hyper)
+        return _outcome(loss, squared, x, f, hyper.ranks), {"M": dM, "b_enc": pulled.sum_tokens()}
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         rows = p["M"] / p["M"].norm(dim=1, keepdim=True).clamp(min=_LEAST_NORM)
@@ -139,7 +151,7 @@ class Relu:
     ) -> Stack:
         return _untied(n_features, d_model, mean, generator)
 
-    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
         z = _encode(x, p["W_enc"], p["b_enc"])
         f = at(z > 0, z)
         error = hyper.ranks.over_features(f.decode(p["W_dec"])) + p["b_dec"][:, None] - x
@@ -153,14 +165,14 @@ class Relu:
         total = f.sum_tokens()
         shrink = weight[:, None] * total / norm.clamp(min=_LEAST_NORM)
         gradients = {
-            "W_enc": pulled.transposed(x.expand_as(error)),
+            "W_enc": pulled.transposed(x),
             "b_enc": pulled.sum_tokens(),
             "W_dec": f.transposed(g) + shrink[:, :, None] * p["W_dec"],
             "b_dec": hyper.ranks.once(g.sum(dim=1)),
         }
         squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
         loss = squared / divisor + weight * (total * norm).sum(dim=1)
-        return _outcome(loss, squared, x, f, gradients, hyper)
+        return _outcome(loss, squared, x, f, hyper.ranks), gradients
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         return Dictionary(p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"], input_scale=scale)
@@ -184,46 +196,38 @@ class TopK:
     ) -> Stack:
         return _untied(n_features, d_model, mean, generator)
 
-    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
-        z = _encode(x, p["W_enc"], _folded_bias(p))
-        chosen, least = self._choose(z, hyper)
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
+        centred = x - p["b_dec"][:, None]
+        z = _encode(centred, p["W_enc"], p["b_enc"])
+        f, least = self._choose(z, hyper)
         ends = hyper.prefixes or (z.shape[2],)
-        parts = [slice(first, last) for first, last in zip((0, *ends), ends, strict=False)]
-        blocks = [at(chosen[:, :, part], z[:, :, part]) for part in parts]
-        decoders = [p["W_dec"][:, part] for part in parts]
+        edges = list(zip((0, *ends), ends, strict=False))
+        blocks = [f.columns(*edge) for edge in edges] if len(edges) > 1 else [f]
+        decoders = [p["W_dec"][:, first:last] for first, last in edges]
         variance = _variance(x, hyper.ranks)
-        error = p["b_dec"][:, None] - x
+        error = -centred
         errors = []
-        for f, W in zip(blocks, decoders, strict=True):
-            error = error + hyper.ranks.over_features(f.decode(W))
+        for block, W in zip(blocks, decoders, strict=True):
+            error = error + hyper.ranks.over_features(block.decode(W))
             errors.append(error)
         squares = [hyper.ranks.once(e.square().sum(dim=(1, 2))) for e in errors]
-        loss = torch.stack(squares).sum(dim=0) / (len(parts) * variance)
+        loss = torch.stack(squares).sum(dim=0) / (len(blocks) * variance)
         # What a block decodes is part of every reconstruction from its own on.
         g = torch.zeros_like(error)
-        encoder, decoder, bias = [], [], []
-        for f, W, e in reversed(list(zip(blocks, decoders, errors, strict=True))):
-            g = g + e * (2 / (len(parts) * variance))
-            pulled = f.pull(g, W)
-            encoder.append(pulled.transposed(x.expand_as(g)))
-            decoder.append(f.transposed(g))
-            bias.append(pulled.sum_tokens())
-        gradients = {
-            "W_enc": torch.cat(encoder[::-1], dim=1),
-            "b_enc": torch.cat(bias[::-1], dim=1),
-            "W_dec": torch.cat(decoder[::-1], dim=1),
-            "b_dec": hyper.ranks.once(g.sum(dim=1)),
-        }
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for block, W, e in reversed(list(zip(blocks, decoders, errors, strict=True))):
+            g = g + e * (2 / (len(blocks) * variance))
+            pulled = block.pull(g, W)
+            parts.append((pulled.transposed(centred), pulled.sum_tokens(), block.transposed(g)))
+        W_enc, b_enc, W_dec = (_join(part[::-1]) for part in zip(*parts, strict=True))
+        gradients = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}
+        gradients["b_dec"] = hyper.ranks.once(g.sum(dim=1))
         if hyper.aux_k and hyper.dead is not None:
-            some_dead = hyper.ranks.any_feature(hyper.dead.any(dim=1))
-            if some_dead.any():
-                loss = loss + self._revive(p, x, z, error, some_dead, hyper, gradients)
-        _uncentre(p, gradients)
+            loss = loss + self._revive(p, centred, z, error, hyper, gradients)
+        _move_with_centre(p, gradients)
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
-        fired = torch.cat([f.fired() for f in blocks], dim=1)
-        count = torch.stack([f.count() for f in blocks]).sum(dim=0)
-        l0 = count / hyper.ranks.all_tokens(len(x))
-        return Outcome(loss, l0, squares[-1] / variance, fired, gradients, least)
+        l0 = f.count() / hyper.ranks.all_tokens(len(x))
+        return Outcome(loss, l0, squares[-1] / variance, f.fired(), least), gradients
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         parts = p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"]
@@ -234,52 +238,62 @@ class TopK:
             *parts, Activation.JUMP_RELU, scale, center_input=True, threshold=threshold_of_all
         )
 
-    def _choose(self, z: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
-        """Which are active, and the smallest activation of each member."""
+    def _choose(self, z: Tensor, hyper: Hyper) -> tuple[Active, Tensor]:
+        """What is active, and the smallest activation of each member."""
         members, tokens, _ = z.shape
-        if self.over_batch:
-            guesses = z.new_zeros(members) if hyper.guess is None else hyper.guess
-            ns = [hyper.ranks.all_tokens(tokens) * k for k in hyper.k]
-            if hyper.ranks.size > 1:
-                least = hyper.ranks.nth_largest(z, ns, guesses)
-            else:
-                found = map(_nth_largest, z, ns, guesses)
-                least = torch.stack(list(found))
-            return (z >= least[:, None, None]) & (z > 0), least.clamp(min=0.0)
-        widest = max(hyper.k)
-        best = z.topk(min(widest, z.shape[2]), dim=2)
-        limit = torch.tensor(hyper.k, device=z.device)[:, None, None]
-        kept = (hyper.ranks.places(best.values) < limit) & (best.values > 0)
-        chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(2, best.indices, kept)
-        return chosen, z.new_zeros(members)
+        if not self.over_batch:
+            values, columns = top_k(z, min(max(hyper.k), z.shape[2]))
+            limit = torch.tensor(hyper.k, device=z.device)[:, None, None]
+            kept = (hyper.ranks.places(values) < limit) & (values > 0)
+            return at_columns(columns, kept, z), z.new_zeros(members)
+        ranks = [hyper.ranks.all_tokens(tokens) * k for k in hyper.k]
+        floor = z.new_zeros(members) if hyper.guess is None else hyper.guess
+        if hyper.ranks.size > 1:
+            least = hyper.ranks.nth_largest(z, ranks, floor).clamp(min=0.0)
+            return at((z >= least[:, None, None]) & (z > 0), z), least
+        f = at(z > floor[:, None, None], z)
+        if any(count < rank for count, rank in zip(f.count().tolist(), ranks, strict=True)):
+            f = at(z > 0, z)
+        least = f.nth_largest(ranks)
+        return f.only(f.values >= f.of_member(least)), least
 
     def _revive(
-        self,
-        p: Stack,
-        x: Tensor,
-        z: Tensor,
-        error: Tensor,
-        some_dead: Tensor,
-        hyper: Hyper,
-        gradients: Stack,
+        self, p: Stack, centred: Tensor, z: Tensor, error: Tensor, hyper: Hyper, gradients: Stack
     ) -> Tensor:
-        """AuxK for the members that have dead features: adds its gradients and returns its loss."""
+        """AuxK: adds its gradients and returns its loss."""
         assert hyper.dead is not None
-        masked = z.masked_fill(~hyper.dead[:, None], float("-inf"))
-        best = masked.topk(min(hyper.aux_k, z.shape[2]), dim=2)
-        chosen = torch.zeros_like(z, dtype=torch.bool)
-        kept = (hyper.ranks.places(best.values) < hyper.aux_k) & (best.values > 0)
-        chosen.scatter_(2, best.indices, kept)
-        f = at(chosen, z)
-        missed = hyper.ranks.over_features(f.decode(p["W_dec"])) + error
-        total = hyper.ranks.over_tokens(error.square().sum(dim=(1, 2))).clamp(min=_LEAST_NORM)
-        weight = torch.where(some_dead, hyper.aux_weight / total, 0.0)
-        g = missed * (2 * weight)[:, None, None]
-        pulled = f.pull(g, p["W_dec"])
-        gradients["W_enc"] += pulled.transposed(x.expand_as(g))
-        gradients["b_enc"] += pulled.sum_tokens()
-        gradients["W_dec"] += f.transposed(g)
-        return hyper.ranks.once(weight * missed.square().sum(dim=(1, 2)))
+        losses = error.new_zeros(len(error))
+        for member, dead in enumerate(hyper.dead):
+            if not hyper.ranks.any_feature(dead.any()):
+                continue
+            rows = dead.nonzero().squeeze(1)
+            none = not len(rows)
+            if none:
+                # The others have some: this rank takes part with its first feature, and chooses it nowhere.
+                rows = rows.new_zeros(1)
+            own = z[member : member + 1].index_select(2, rows)
+            if len(rows) > hyper.aux_k or hyper.ranks.split_features:
+                values, columns = top_k(own, min(hyper.aux_k, len(rows)))
+                values = values.fill_(-torch.inf) if none else values
+                kept = (hyper.ranks.places(values) < hyper.aux_k) & (values > 0)
+                f = at_columns(columns, kept, own)
+            else:
+                f = at(own > 0, own)
+            W = p["W_dec"][member : member + 1].index_select(1, rows)
+            missed = hyper.ranks.over_features(f.decode(W)) + error[member]
+            total = hyper.ranks.over_tokens(error[member].square().sum())
+            weight = hyper.aux_weight / total.clamp(min=_LEAST_NORM)
+            g = missed * (2 * weight)
+            pulled = f.pull(g, W)
+            found = {
+                "W_enc": pulled.transposed(centred[member]),
+                "b_enc": pulled.sum_tokens(),
+                "W_dec": f.transposed(g),
+            }
+            for name, gradient in found.items():
+                gradients[name][member].index_add_(0, rows, gradient[0])
+            losses[member] = hyper.ranks.once(weight * missed.square().sum())
+        return losses
 
 
 class JumpRelu:
@@ -299,7 +313,7 @@ class JumpRelu:
         # Half of what random directions vary by: from far below, thresholds do not find their way in a short training.
         return found | {"log_threshold": torch.full((n_features,), 0.5).log()}
 
-    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
         z = _encode(x, p["W_enc"], p["b_enc"])
         threshold = p["log_threshold"].exp()
         f = at(z > threshold[:, None], z)
@@ -312,7 +326,7 @@ class JumpRelu:
         felt = near.pull(g, p["W_dec"])
         slope = felt.values * near.of_feature(threshold) + near.of_member(weight)
         gradients = {
-            "W_enc": pulled.transposed(x.expand_as(error)),
+            "W_enc": pulled.transposed(x),
             "b_enc": pulled.sum_tokens(),
             "W_dec": f.transposed(g),
             "b_dec": hyper.ranks.once(g.sum(dim=1)),
@@ -321,7 +335,7 @@ class JumpRelu:
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
         squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
         loss = squared / tokens + weight * f.count()
-        return _outcome(loss, squared, x, f, gradients, hyper)
+        return _outcome(loss, squared, x, f, hyper.ranks), gradients
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         parts = p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"]
@@ -346,15 +360,16 @@ class Gated:
         zeros = found.pop("b_enc")
         return found | {"b_gate": zeros, "b_mag": zeros.clone(), "r_mag": zeros.clone()}
 
-    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> Outcome:
-        y = _encode(x, p["W_enc"], -(p["W_enc"] @ p["b_dec"][:, :, None]).squeeze(2))
+    def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
+        centred = x - p["b_dec"][:, None]
+        y = _encode(centred, p["W_enc"], torch.zeros_like(p["b_gate"]))
         gain = p["r_mag"].exp()
         strength = y * gain[:, None] + p["b_mag"][:, None]
         gate = y + p["b_gate"][:, None]
         f = at((gate > 0) & (strength > 0), strength)
         h = at(gate > 0, gate)
-        error = hyper.ranks.over_features(f.decode(p["W_dec"])) + p["b_dec"][:, None] - x
-        aside = hyper.ranks.over_features(h.decode(p["W_dec"])) + p["b_dec"][:, None] - x
+        error = hyper.ranks.over_features(f.decode(p["W_dec"])) - centred
+        aside = hyper.ranks.over_features(h.decode(p["W_dec"])) - centred
         tokens = hyper.ranks.all_tokens(len(x))
         g = error * (2 / tokens)
         weight = hyper.alpha / tokens
@@ -364,9 +379,8 @@ class Gated:
         opened = h.like(opened.values + h.of_member(weight))
         # exp(r_mag) y is what is left of the strength without its bias.
         by_gain = f.like(pulled.values * (f.values - f.of_feature(p["b_mag"])))
-        all_x = x.expand_as(error)
         gradients = {
-            "W_enc": through.transposed(all_x) + opened.transposed(all_x),
+            "W_enc": through.transposed(centred) + opened.transposed(centred),
             "b_enc": through.sum_tokens() + opened.sum_tokens(),
             "b_gate": opened.sum_tokens(),
             "b_mag": pulled.sum_tokens(),
@@ -374,13 +388,13 @@ class Gated:
             "W_dec": f.transposed(g),
             "b_dec": hyper.ranks.once(g.sum(dim=1)),
         }
-        _uncentre(p, gradients)
+        _move_with_centre(p, gradients)
         del gradients["b_enc"]
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
         squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
         loss = (squared + hyper.ranks.once(aside.square().sum(dim=(1, 2)))) / tokens
         loss = loss + weight * h.sum_tokens().sum(dim=1)
-        return _outcome(loss, squared, x, f, gradients, hyper)
+        return _outcome(loss, squared, x, f, hyper.ranks), gradients
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         gate = p["W_enc"].T, p["b_gate"], p["r_mag"], p["b_mag"]
@@ -411,28 +425,26 @@ def _untied(n_features: int, d_model: int, mean: Tensor, generator: torch.Genera
 
 
 def _encode(x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
-    """x W^T + bias of all members in one product, [members, tokens, features]."""
-    members = len(W)
-    if members == 1:
-        return torch.addmm(bias[0], x, W[0].T)[None]
-    return torch.baddbmm(bias[:, None], x.expand(members, -1, -1), W.mT)
+    """x W^T + bias of all members in one product, [members, tokens, features]; x may be one for all."""
+    x = x.expand(len(W), -1, -1)
+    if len(W) == 1:
+        return torch.addmm(bias[0], x[0], W[0].T)[None]
+    return torch.baddbmm(bias[:, None], x, W.mT)
 
 
-def _folded_bias(p: Stack) -> Tensor:
-    """(x - b_dec) W_enc^T + b_enc = x W_enc^T + this."""
-    return p["b_enc"] - (p["W_enc"] @ p["b_dec"][:, :, None]).squeeze(2)
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """The features of all parts; the only part itself, for a copy of it costs a pass over memory."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
-def _uncentre(p: Stack, gradients: Stack) -> None:
-    """Turns gradients with respect to x W_enc^T into those with respect to (x - b_dec) W_enc^T."""
-    sums = gradients["b_enc"]
-    gradients["W_enc"] -= sums[:, :, None] * p["b_dec"][:, None]
-    gradients["b_dec"] -= (sums[:, None] @ p["W_enc"]).squeeze(1)
+def _move_with_centre(p: Stack, gradients: Stack) -> None:
+    """Adds to b_dec's gradient what comes through x - b_dec."""
+    gradients["b_dec"] -= (gradients["b_enc"][:, None] @ p["W_enc"]).squeeze(1)
 
 
 def _hold_unit_rows(W: Tensor, gradient: Tensor) -> None:
     """Takes out of the gradient what would make rows longer or shorter."""
-    gradient -= (gradient * W).sum(dim=2, keepdim=True) * W
+    gradient.addcmul_(W, torch.linalg.vecdot(gradient, W)[:, :, None], value=-1.0)
 
 
 def _variance(x: Tensor, ranks: Ranks) -> Tensor:
@@ -440,17 +452,6 @@ def _variance(x: Tensor, ranks: Ranks) -> Tensor:
     return ranks.over_tokens((x - mean).square().sum()).clamp(min=_LEAST_NORM)
 
 
-def _outcome(
-    loss: Tensor, squared: Tensor, x: Tensor, f: Active, gradients: Stack, hyper: Hyper
-) -> Outcome:
-    l0 = f.count() / hyper.ranks.all_tokens(len(x))
-    fvu = squared / _variance(x, hyper.ranks)
-    return Outcome(loss, l0, fvu, f.fired(), gradients, torch.zeros_like(loss))
-
-
-def _nth_largest(z: Tensor, n: int, guess: Tensor) -> Tensor:
-    """The n-th largest of all numbers, or the smallest if there are fewer."""
-    candidates = z[z > guess]
-    if len(candidates) < n:
-        candidates = z.flatten()
-    return candidates.topk(min(n, len(candidates)), sorted=False).values.min()
+def _outcome(loss: Tensor, squared: Tensor, x: Tensor, f: Active, ranks: Ranks) -> Outcome:
+    l0, fvu = f.count() / ranks.all_tokens(len(x)), squared / _variance(x, ranks)
+    return Outcome(loss, l0, fvu, f.fired(), torch.zeros_like(loss))

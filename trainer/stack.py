@@ -20,6 +20,8 @@ REPLICATED = ("b_dec",)
 """Parameters that every rank has whole when features are divided; all others have a row for each feature."""
 _MEMORY = 0.999
 """Of the running mean of BatchTopK's threshold."""
+_CACHE = 2**21
+"""Activations that stay in a CPU's caches from one pass over them to the next."""
 
 
 def stacks(configs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
@@ -96,29 +98,25 @@ class Stack:
             dead=self.quiet >= first.dead_after,
             guess=self._guess,
         )
-        outcome = self._together(self._architecture.step(self.parameters, x, hyper))
-        if not outcome.loss.isfinite().all():
-            lost = [
-                c.out
-                for c, loss in zip(self.configs, outcome.loss, strict=True)
-                if not loss.isfinite()
-            ]
-            raise TrainerError(
-                f"the loss of {', '.join(lost)} is not finite at step {self.step}; the checkpoint before it is "
-                "kept: use a smaller lr"
-            )
-        self._clip(outcome.gradients, first.clip)
         factor = self._factor(first)
-        for member, (config, group) in enumerate(
-            zip(self.configs, self._optimiser.param_groups, strict=True)
-        ):
+        outcomes = []
+        for block in self._blocks(len(x)):
+            parameters = {name: value[block] for name, value in self.parameters.items()}
+            found = self._architecture.step(parameters, x, hyper.of(block))
+            outcome, gradients = self._together(*found)
+            _check_finite(self.configs[block], outcome.loss, self.step)
+            _clip(gradients, first.clip, self._ranks)
+            for number, slices in enumerate(self._slices[block]):
+                for name, parameter in slices.items():
+                    parameter.grad = gradients[name][number]
+            outcomes.append(outcome)
+        outcome = Outcome(*(torch.cat(parts) for parts in zip(*outcomes, strict=True)))
+        for config, group in zip(self.configs, self._optimiser.param_groups, strict=True):
             group["lr"] = config.learning_rate * factor
-            for name, parameter in self._slices[member].items():
-                parameter.grad = outcome.gradients[name][member]
         self._optimiser.step()
         if self._architecture.unit_decoder:
             W = self.parameters["W_dec"]
-            W /= W.norm(dim=2, keepdim=True).clamp(min=1e-8)
+            W /= torch.linalg.vector_norm(W, dim=2, keepdim=True).clamp(min=1e-8)
         self.quiet += self._ranks.all_tokens(len(x))
         self.quiet[outcome.fired] = 0
         self.threshold.lerp_(outcome.least_active, 1 - _MEMORY)
@@ -178,15 +176,17 @@ class Stack:
         """Those that every rank has whole, and that therefore must be the same on all."""
         return [t for n, t in tensors.items() if not self._ranks.split_features or n in REPLICATED]
 
-    def _together(self, outcome: Outcome) -> Outcome:
+    def _together(
+        self, outcome: Outcome, gradients: dict[str, Tensor]
+    ) -> tuple[Outcome, dict[str, Tensor]]:
         """What all ranks' shares make together."""
         if self._ranks.size == 1:
-            return outcome
-        gradients = {name: g.contiguous() for name, g in outcome.gradients.items()}
+            return outcome, gradients
+        gradients = {name: g.contiguous() for name, g in gradients.items()}
         fired = outcome.fired.float()
         shares = [outcome.loss, outcome.l0, outcome.fvu, *self._whole(gradients)]
         self._ranks.sum_([*shares, fired] if self._ranks.split_tokens else shares)
-        return outcome._replace(gradients=gradients, fired=fired > 0)
+        return outcome._replace(fired=fired > 0), gradients
 
     def _factor(self, config: TrainConfig) -> float:
         """Of the learning rate at this step."""
@@ -194,19 +194,43 @@ class Stack:
         left = (self.steps - self.step) / max(1.0, config.decay * self.steps)
         return rise * min(1.0, left) if config.decay else rise
 
-    def _clip(self, gradients: dict[str, Tensor], longest: float) -> None:
-        if not longest:
-            return
-        squares = [g.square().flatten(1).sum(dim=1) for g in gradients.values()]
+    def _blocks(self, tokens: int) -> list[slice]:
+        """Members whose step is taken together: all of them on a GPU, on a CPU what its caches hold."""
+        members = len(self.configs)
+        together = members
+        if device().type == "cpu":
+            together = max(1, _CACHE // (tokens * self.quiet.shape[1]))
+        return [slice(first, first + together) for first in range(0, members, together)]
+
+
+def _clip(gradients: dict[str, Tensor], longest: float, ranks: Ranks) -> None:
+    """Shortens each member's gradient to that norm, if it is longer; 0: any may be as long as it is."""
+    if not longest:
+        return
+    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]
+    if ranks.split_features:
         squares = [
-            self._ranks.once(square) if name in REPLICATED else square
-            for name, square in zip(gradients, squares, strict=True)
+            ranks.once(norm.square()) if name in REPLICATED else norm.square()
+            for name, norm in zip(gradients, norms, strict=True)
         ]
-        norm = self._ranks.over_features(torch.stack(squares).sum(dim=0)).sqrt()
-        factor = (longest / norm.clamp(min=1e-12)).clamp(max=1.0)
-        if (factor < 1).any():
-            for gradient in gradients.values():
-                gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
+        norm = ranks.over_features(torch.stack(squares).sum(dim=0)).sqrt()
+    else:
+        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    factor = (longest / norm.clamp(min=1e-12)).clamp(max=1.0)
+    if (factor < 1).any():
+        for gradient in gradients.values():
+            gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
+
+
+def _check_finite(configs: Sequence[TrainConfig], losses: Tensor, step: int) -> None:
+    if not losses.isfinite().all():
+        lost = [
+            config.out for config, loss in zip(configs, losses, strict=True) if not loss.isfinite()
+        ]
+        raise TrainerError(
+            f"the loss of {', '.join(lost)} is not finite at step {step}; the checkpoint before it is "
+            "kept: use a smaller lr"
+        )
 
 
 def _check_memory(configs: Sequence[TrainConfig], d_model: int, ranks: Ranks) -> None:
