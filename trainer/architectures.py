@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steer_server.dictionary.dictionary import Activation, Dictionary
 from trainer.active import Active, at, at_columns
+from trainer.ranks import ALONE, Ranks
 from trainer.selection import top_k
 
 Stack = dict[str, Tensor]
@@ -43,6 +44,8 @@ class Hyper:
     """Which features AuxK is for, [members, features]."""
     guess: Float[Tensor, " members"] | None = None
     """Below the smallest activation that BatchTopK will let through, most likely; a wrong one costs time."""
+    ranks: Ranks = ALONE
+    """Processes among which the tokens of `x` or the features of the parameters are divided."""
 
     def of(self, members: slice) -> "Hyper":
         """What of it concerns those members."""
@@ -56,7 +59,7 @@ class Hyper:
 
 
 class Outcome(NamedTuple):
-    """What one batch says of each member."""
+    """What one batch says of each member; of several ranks, the share of it that this one's adds to the sum."""
 
     loss: Float[Tensor, " members"]
     l0: Float[Tensor, " members"]
@@ -84,7 +87,7 @@ class Architecture(Protocol):
     def step(
         self, p: Stack, x: Float[Tensor, "tokens d_model"], hyper: Hyper
     ) -> tuple[Outcome, Stack]:
-        """What one batch says, and the gradient of the loss."""
+        """What one batch says, and the gradient of the loss, or of several ranks the share that this one's adds to it."""
         ...
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
@@ -116,17 +119,18 @@ class Tied:
         W = p["M"] / norm
         z = _encode(x, W, p["b_enc"])
         f = at(z > 0, z)
-        error = f.decode(W) - x
-        divisor = x.numel() if hyper.mean_over_d else len(x)
+        error = hyper.ranks.over_features(f.decode(W)) - x
+        tokens = hyper.ranks.all_tokens(len(x))
+        divisor = tokens * x.shape[1] if hyper.mean_over_d else tokens
         g = error * (2 / divisor)
         pulled = f.pull(g, W)
-        pulled = f.like(pulled.values + f.of_member(hyper.alpha / len(x)))
+        pulled = f.like(pulled.values + f.of_member(hyper.alpha / tokens))
         dW = f.transposed(g) + pulled.transposed(x)
         # d(M/|M|): only the part of dW across the row turns it; along the row the norm undoes it.
         dM = dW.addcmul_(W, (dW * W).sum(dim=2, keepdim=True), value=-1.0).div_(norm)
-        squared = error.square().sum(dim=(1, 2))
-        loss = squared / divisor + hyper.alpha * f.sum_tokens().sum(dim=1) / len(x)
-        return _outcome(loss, squared, x, f), {"M": dM, "b_enc": pulled.sum_tokens()}
+        squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
+        loss = squared / divisor + hyper.alpha * f.sum_tokens().sum(dim=1) / tokens
+        return _outcome(loss, squared, x, f, hyper.ranks), {"M": dM, "b_enc": pulled.sum_tokens()}
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         rows = p["M"] / p["M"].norm(dim=1, keepdim=True).clamp(min=_LEAST_NORM)
@@ -150,10 +154,11 @@ class Relu:
     def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
         z = _encode(x, p["W_enc"], p["b_enc"])
         f = at(z > 0, z)
-        error = f.decode(p["W_dec"]) + p["b_dec"][:, None] - x
-        divisor = x.numel() if hyper.mean_over_d else len(x)
+        error = hyper.ranks.over_features(f.decode(p["W_dec"])) + p["b_dec"][:, None] - x
+        tokens = hyper.ranks.all_tokens(len(x))
+        divisor = tokens * x.shape[1] if hyper.mean_over_d else tokens
         g = error * (2 / divisor)
-        weight = hyper.alpha / len(x)
+        weight = hyper.alpha / tokens
         norm = p["W_dec"].norm(dim=2)
         pulled = f.pull(g, p["W_dec"])
         pulled = f.like(pulled.values + f.of_feature(weight[:, None] * norm))
@@ -163,11 +168,11 @@ class Relu:
             "W_enc": pulled.transposed(x),
             "b_enc": pulled.sum_tokens(),
             "W_dec": f.transposed(g) + shrink[:, :, None] * p["W_dec"],
-            "b_dec": g.sum(dim=1),
+            "b_dec": hyper.ranks.once(g.sum(dim=1)),
         }
-        squared = error.square().sum(dim=(1, 2))
+        squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
         loss = squared / divisor + weight * (total * norm).sum(dim=1)
-        return _outcome(loss, squared, x, f), gradients
+        return _outcome(loss, squared, x, f, hyper.ranks), gradients
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         return Dictionary(p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"], input_scale=scale)
@@ -199,13 +204,13 @@ class TopK:
         edges = list(zip((0, *ends), ends, strict=False))
         blocks = [f.columns(*edge) for edge in edges] if len(edges) > 1 else [f]
         decoders = [p["W_dec"][:, first:last] for first, last in edges]
-        variance = _variance(x)
+        variance = _variance(x, hyper.ranks)
         error = -centred
         errors = []
         for block, W in zip(blocks, decoders, strict=True):
-            error = error + block.decode(W)
+            error = error + hyper.ranks.over_features(block.decode(W))
             errors.append(error)
-        squares = [e.square().sum(dim=(1, 2)) for e in errors]
+        squares = [hyper.ranks.once(e.square().sum(dim=(1, 2))) for e in errors]
         loss = torch.stack(squares).sum(dim=0) / (len(blocks) * variance)
         # What a block decodes is part of every reconstruction from its own on.
         g = torch.zeros_like(error)
@@ -215,13 +220,14 @@ class TopK:
             pulled = block.pull(g, W)
             parts.append((pulled.transposed(centred), pulled.sum_tokens(), block.transposed(g)))
         W_enc, b_enc, W_dec = (_join(part[::-1]) for part in zip(*parts, strict=True))
-        gradients = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": g.sum(dim=1)}
+        gradients = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}
+        gradients["b_dec"] = hyper.ranks.once(g.sum(dim=1))
         if hyper.aux_k and hyper.dead is not None:
             loss = loss + self._revive(p, centred, z, error, hyper, gradients)
         _move_with_centre(p, gradients)
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
-        outcome = Outcome(loss, f.count() / len(x), squares[-1] / variance, f.fired(), least)
-        return outcome, gradients
+        l0 = f.count() / hyper.ranks.all_tokens(len(x))
+        return Outcome(loss, l0, squares[-1] / variance, f.fired(), least), gradients
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         parts = p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"]
@@ -236,12 +242,15 @@ class TopK:
         """What is active, and the smallest activation of each member."""
         members, tokens, _ = z.shape
         if not self.over_batch:
-            values, columns = top_k(z, max(hyper.k))
+            values, columns = top_k(z, min(max(hyper.k), z.shape[2]))
             limit = torch.tensor(hyper.k, device=z.device)[:, None, None]
-            kept = (torch.arange(columns.shape[2], device=z.device) < limit) & (values > 0)
+            kept = (hyper.ranks.places(values) < limit) & (values > 0)
             return at_columns(columns, kept, z), z.new_zeros(members)
-        ranks = [tokens * k for k in hyper.k]
+        ranks = [hyper.ranks.all_tokens(tokens) * k for k in hyper.k]
         floor = z.new_zeros(members) if hyper.guess is None else hyper.guess
+        if hyper.ranks.size > 1:
+            least = hyper.ranks.nth_largest(z, ranks, floor).clamp(min=0.0)
+            return at((z >= least[:, None, None]) & (z > 0), z), least
         f = at(z > floor[:, None, None], z)
         if any(count < rank for count, rank in zip(f.count().tolist(), ranks, strict=True)):
             f = at(z > 0, z)
@@ -255,18 +264,25 @@ class TopK:
         assert hyper.dead is not None
         losses = error.new_zeros(len(error))
         for member, dead in enumerate(hyper.dead):
-            rows = dead.nonzero().squeeze(1)
-            if not len(rows):
+            if not hyper.ranks.any_feature(dead.any()):
                 continue
+            rows = dead.nonzero().squeeze(1)
+            none = not len(rows)
+            if none:
+                # The others have some: this rank takes part with its first feature, and chooses it nowhere.
+                rows = rows.new_zeros(1)
             own = z[member : member + 1].index_select(2, rows)
-            if len(rows) > hyper.aux_k:
-                values, columns = top_k(own, hyper.aux_k)
-                f = at_columns(columns, values > 0, own)
+            if len(rows) > hyper.aux_k or hyper.ranks.split_features:
+                values, columns = top_k(own, min(hyper.aux_k, len(rows)))
+                values = values.fill_(-torch.inf) if none else values
+                kept = (hyper.ranks.places(values) < hyper.aux_k) & (values > 0)
+                f = at_columns(columns, kept, own)
             else:
                 f = at(own > 0, own)
             W = p["W_dec"][member : member + 1].index_select(1, rows)
-            missed = f.decode(W) + error[member]
-            weight = hyper.aux_weight / error[member].square().sum().clamp(min=_LEAST_NORM)
+            missed = hyper.ranks.over_features(f.decode(W)) + error[member]
+            total = hyper.ranks.over_tokens(error[member].square().sum())
+            weight = hyper.aux_weight / total.clamp(min=_LEAST_NORM)
             g = missed * (2 * weight)
             pulled = f.pull(g, W)
             found = {
@@ -276,7 +292,7 @@ class TopK:
             }
             for name, gradient in found.items():
                 gradients[name][member].index_add_(0, rows, gradient[0])
-            losses[member] = weight * missed.square().sum()
+            losses[member] = hyper.ranks.once(weight * missed.square().sum())
         return losses
 
 
@@ -301,24 +317,25 @@ class JumpRelu:
         z = _encode(x, p["W_enc"], p["b_enc"])
         threshold = p["log_threshold"].exp()
         f = at(z > threshold[:, None], z)
-        error = f.decode(p["W_dec"]) + p["b_dec"][:, None] - x
-        g = error * (2 / len(x))
+        error = hyper.ranks.over_features(f.decode(p["W_dec"])) + p["b_dec"][:, None] - x
+        tokens = hyper.ranks.all_tokens(len(x))
+        g = error * (2 / tokens)
         pulled = f.pull(g, p["W_dec"])
         near = at((z - threshold[:, None]).abs() < hyper.bandwidth / 2, z)
-        weight = hyper.alpha / len(x)
+        weight = hyper.alpha / tokens
         felt = near.pull(g, p["W_dec"])
         slope = felt.values * near.of_feature(threshold) + near.of_member(weight)
         gradients = {
             "W_enc": pulled.transposed(x),
             "b_enc": pulled.sum_tokens(),
             "W_dec": f.transposed(g),
-            "b_dec": g.sum(dim=1),
+            "b_dec": hyper.ranks.once(g.sum(dim=1)),
             "log_threshold": -threshold / hyper.bandwidth * near.like(slope).sum_tokens(),
         }
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
-        squared = error.square().sum(dim=(1, 2))
-        loss = squared / len(x) + weight * f.count()
-        return _outcome(loss, squared, x, f), gradients
+        squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
+        loss = squared / tokens + weight * f.count()
+        return _outcome(loss, squared, x, f, hyper.ranks), gradients
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         parts = p["W_enc"].T, p["b_enc"], p["W_dec"], p["b_dec"]
@@ -351,13 +368,14 @@ class Gated:
         gate = y + p["b_gate"][:, None]
         f = at((gate > 0) & (strength > 0), strength)
         h = at(gate > 0, gate)
-        error = f.decode(p["W_dec"]) - centred
-        aside = h.decode(p["W_dec"]) - centred
-        g = error * (2 / len(x))
-        weight = hyper.alpha / len(x)
+        error = hyper.ranks.over_features(f.decode(p["W_dec"])) - centred
+        aside = hyper.ranks.over_features(h.decode(p["W_dec"])) - centred
+        tokens = hyper.ranks.all_tokens(len(x))
+        g = error * (2 / tokens)
+        weight = hyper.alpha / tokens
         pulled = f.pull(g, p["W_dec"])
         through = f.like(pulled.values * f.of_feature(gain))
-        opened = h.pull(aside * (2 / len(x)), p["W_dec"])
+        opened = h.pull(aside * (2 / tokens), p["W_dec"])
         opened = h.like(opened.values + h.of_member(weight))
         # exp(r_mag) y is what is left of the strength without its bias.
         by_gain = f.like(pulled.values * (f.values - f.of_feature(p["b_mag"])))
@@ -368,15 +386,15 @@ class Gated:
             "b_mag": pulled.sum_tokens(),
             "r_mag": by_gain.sum_tokens(),
             "W_dec": f.transposed(g),
-            "b_dec": g.sum(dim=1),
+            "b_dec": hyper.ranks.once(g.sum(dim=1)),
         }
         _move_with_centre(p, gradients)
         del gradients["b_enc"]
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
-        squared = error.square().sum(dim=(1, 2))
-        loss = (squared + aside.square().sum(dim=(1, 2))) / len(x)
+        squared = hyper.ranks.once(error.square().sum(dim=(1, 2)))
+        loss = (squared + hyper.ranks.once(aside.square().sum(dim=(1, 2)))) / tokens
         loss = loss + weight * h.sum_tokens().sum(dim=1)
-        return _outcome(loss, squared, x, f), gradients
+        return _outcome(loss, squared, x, f, hyper.ranks), gradients
 
     def dictionary(self, p: Stack, scale: float, hyper: Hyper, threshold: float) -> Dictionary:
         gate = p["W_enc"].T, p["b_gate"], p["r_mag"], p["b_mag"]
@@ -429,10 +447,11 @@ def _hold_unit_rows(W: Tensor, gradient: Tensor) -> None:
     gradient.addcmul_(W, torch.linalg.vecdot(gradient, W)[:, :, None], value=-1.0)
 
 
-def _variance(x: Tensor) -> Tensor:
-    return (x - x.mean(dim=0)).square().sum().clamp(min=_LEAST_NORM)
+def _variance(x: Tensor, ranks: Ranks) -> Tensor:
+    mean = ranks.over_tokens(x.sum(dim=0)) / ranks.all_tokens(len(x))
+    return ranks.over_tokens((x - mean).square().sum()).clamp(min=_LEAST_NORM)
 
 
-def _outcome(loss: Tensor, squared: Tensor, x: Tensor, f: Active) -> Outcome:
-    l0, fvu = f.count() / len(x), squared / _variance(x)
+def _outcome(loss: Tensor, squared: Tensor, x: Tensor, f: Active, ranks: Ranks) -> Outcome:
+    l0, fvu = f.count() / ranks.all_tokens(len(x)), squared / _variance(x, ranks)
     return Outcome(loss, l0, fvu, f.fired(), torch.zeros_like(loss))

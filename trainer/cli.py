@@ -1,6 +1,7 @@
 """The trainer's commands; each imports what it needs, so that the light ones start at once."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,18 @@ Ctrl-C or SIGTERM: the step in progress is finished, a checkpoint written, exit 
 command goes on from there and ends in the same bytes as if it had not been broken off. Harvests
 are shared by all runs with the same model, site, corpus and context.
 
+Several processes, on GPUs or CPU cores, of one machine or of several that share the --runs folder:
+
+    torchrun --standalone --nproc-per-node=8 -m trainer train CONFIG
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 -m trainer train CONFIG
+
+The harvest is divided among them, and of the training what the key `parallel` says: data, each batch (the
+default); features, for dictionaries too wide for one device; members, the dictionaries of a sweep, which
+need nothing of each other. The result differs from one process's by rounding, and with as many processes
+is the same each time, broken off or not. A signal to torchrun stops them all, at the same step where they
+share one; raise its --shutdown-timeout, 30 s, if a step and a checkpoint take longer. With --max-restarts=3
+it starts them again after one has died, from the last checkpoint.
+
 Too many active features: raise alpha. FVU too high, or many dead features: lower it.
 """
 
@@ -43,20 +56,24 @@ _COMPARE = """Prints a table of their quality as it was measured on held-out tex
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 done, 1 an error told on stderr, 130 interrupted and resumable."""
     options = parser().parse_args(arguments)
+    # Under torchrun a message says whose it is.
+    rank = os.environ.get("RANK", "0")
+    who = f"process {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
         options.run(options)
     except Interrupted as interrupted:
-        print(f"\n{interrupted}", file=sys.stderr)
+        if rank == "0":
+            print(f"\n{interrupted}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("\nbroken off; the same command goes on from what is on disk.", file=sys.stderr)
         return 130
     except SteerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(
-            f"error: {error}. What is on disk is whole; with room for more the same command goes on.",
+            f"{who}error: {error}. What is on disk is whole; with room for more the same command goes on.",
             file=sys.stderr,
         )
         return 1
@@ -162,14 +179,18 @@ def _corpus(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from trainer.config import load
 
+    if os.environ.get("RANK", "0") != "0":
+        # One process's progress is enough; tqdm reads this when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     configs = load(options.config, options.overrides)
     from trainer.evaluate import describe
+    from trainer.launch import joined
     from trainer.run import run
     from trainer.stop import Stop
 
-    with Stop() as stop:
-        cards = run(configs, options.runs, stop)
-    for config, card in zip(configs, cards, strict=True):
+    with Stop() as stop, joined(configs, options.runs) as ranks:
+        cards = run(configs, options.runs, stop, ranks)
+    for config, card in zip(ranks.saves(configs), cards, strict=True):
         assert card.quality is not None
         print(f"{config.out}: {card.n_features} features at {card.site}, sha256 {card.sha256}")
         print(describe(card.quality))

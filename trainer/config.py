@@ -34,7 +34,7 @@ HARVEST_FIELDS = (
     "threads",
 )
 SWEPT = ("site", "architecture", "n_features", "k", "alpha", "lr", "seed")
-PASS_FIELDS = (*HARVEST_FIELDS, "batch", "epochs", "normalise_input")
+PASS_FIELDS = (*HARVEST_FIELDS, "batch", "epochs", "normalise_input", "parallel")
 """What dictionaries that are trained in one pass have in common."""
 Architecture = Literal[
     "batch_top_k",
@@ -48,6 +48,7 @@ Architecture = Literal[
     "random",
     "basis",
 ]
+Parallel = Literal["data", "features", "members"]
 BASELINES = ("pca", "random", "basis")
 """Directions that are not trained."""
 _BY_K = ("batch_top_k", "top_k", "matryoshka")
@@ -118,7 +119,9 @@ class TrainConfig:
     data_seed: int = 0
     """Of the order of documents and of activations."""
     threads: int = 2
-    """CPU threads; sums are split by thread, so the exact bytes depend on it."""
+    """CPU threads of a process; sums are split by thread, so the exact bytes depend on it."""
+    parallel: Parallel = "data"
+    """What the processes of a torchrun divide: each batch, the features of each dictionary, or the dictionaries (members)."""
 
     def __post_init__(self) -> None:
         _check_types(self)

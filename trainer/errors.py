@@ -6,6 +6,7 @@
     - FetchFailed
     - BadCorpus
     - BadCheckpoint
+    - RankLost
   x Interrupted
 """
 
@@ -30,6 +31,10 @@ class BadCorpus(TrainerError):
 
 class BadCheckpoint(TrainerError):
     """A run folder belongs to another configuration or is damaged."""
+
+
+class RankLost(TrainerError):
+    """Another process of the same training ended or cannot be reached."""
 
 
 class Interrupted(SteerError):

@@ -16,6 +16,7 @@ from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, TrainerError
 from trainer.files import whole_file, write_json
 from trainer.model import load_model, load_tokenizer, read_sites, truncate
+from trainer.ranks import ALONE, Ranks
 from trainer.stop import Stop
 from trainer.tokens import pack
 
@@ -61,33 +62,39 @@ class Activations:
 
 
 def harvest(
-    config: TrainConfig, sites: Sequence[Site], folder: Path, stop: Stop
+    config: TrainConfig, sites: Sequence[Site], folder: Path, stop: Stop, ranks: Ranks = ALONE
 ) -> dict[Site, Activations]:
     """The activations in `folder` of each site, harvested as far as they are not there yet.
 
     The model runs once for all sites that lack the same shards. Each shard is written whole; a stop loses at most the
-    shard in progress.
+    shard in progress. Rank r of n takes the shards r, r + n, r + 2 n, ...
     """
-    tokens = _tokens(config, folder, stop)
+    tokens = _tokens(config, folder, stop, ranks)
     contexts = tokens["train"]
     shards = contexts.split(SHARD_CONTEXTS)
     lacking = {
         number: [site for site in sites if not _shard(folder, site, number).exists()]
-        for number in range(len(shards))
+        for number in range(ranks.rank, len(shards), ranks.size)
     }
     if any(lacking.values()):
         model = truncate(load_model(config.model), sites)
-        _find_max_norms(config, folder, model, sites, contexts)
+        if ranks.first:
+            _find_max_norms(config, folder, model, sites, contexts)
+        ranks.wait_for(
+            [folder / str(site) / META for site in sites], stop, "the harvest starts anew"
+        )
         done = sum(len(shards[number]) for number, those in lacking.items() if not those)
         with tqdm(
             desc=f"harvest {', '.join(map(str, sites))}",
-            total=contexts.numel(),
+            total=sum(shards[number].numel() for number in lacking),
             initial=done * config.context,
             unit=" tokens",
         ) as bar:
             for number, those in lacking.items():
                 if those:
                     _write_shards(config, folder, model, those, number, shards[number], bar, stop)
+    written = (_shard(folder, site, number) for site in sites for number in range(len(shards)))
+    ranks.wait_for(written, stop, "the harvest has every shard of this process")
     return {
         site: _open(
             [_shard(folder, site, number) for number in range(len(shards))],
@@ -105,12 +112,13 @@ def kept(config: TrainConfig, x: Tensor, max_norm: float) -> Tensor:
     return keep
 
 
-def _tokens(config: TrainConfig, folder: Path, stop: Stop) -> dict[str, Tensor]:
+def _tokens(config: TrainConfig, folder: Path, stop: Stop, ranks: Ranks) -> dict[str, Tensor]:
     path = folder / TOKENS
-    if not path.exists():
+    if ranks.first and not path.exists():
         packed = pack(config, load_tokenizer(config.model), stop)
         with whole_file(path) as fresh:
             save_file(packed, fresh)
+    ranks.wait_for([path], stop, "tokenising starts anew")
     return load_file(path)
 
 

@@ -23,16 +23,18 @@ from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
 from trainer.harvest import Activations, harvest
 from trainer.model import load_model, load_tokenizer, revision, shape_of
+from trainer.ranks import ALONE, Ranks
 from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
 from trainer.train import train
 
 
-def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
+def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop, ranks: Ranks = ALONE) -> list[Card]:
     """Harvest all sites in one pass, train a site's dictionaries in one pass, then evaluate, interpret and save each.
 
     Each stage goes on where it was broken off. Intermediate files lie in `runs`, under names that stand for the
-    settings they depend on. Dictionaries that are there already are left alone.
+    settings they depend on. Dictionaries that are there already are left alone. Of several ranks, each returns the
+    cards of what it saves.
     """
     first = configs[0]
     if len({config.out for config in configs}) < len(configs):
@@ -41,37 +43,33 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
         raise BadConfig(
             "dictionaries of one pass have their activations, batch and epochs in common"
         )
+    mine = ranks.saves(configs)
     if all((Path(config.out) / CARD).exists() for config in configs):
-        return [_finished(config) for config in configs]
+        return [_finished(config) for config in mine]
     torch.set_num_threads(first.threads)
     sites = sorted({Site.parse(config.site) for config in configs})
-    harvested = harvest(first, sites, runs / f"activations-{first.harvest_digest}", stop)
+    harvested = harvest(first, sites, runs / f"activations-{first.harvest_digest}", stop, ranks)
+    if ranks.parallel == "members":
+        configs, ranks = mine, ALONE
     made: dict[str, Dictionary] = {}
     for site, activations in harvested.items():
-        here = [config for config in configs if config.site == str(site)]
-        folder = runs / f"training-{digest(here)}"
-        made |= zip([c.out for c in here], _make(here, activations, folder, stop), strict=True)
+        here = [c for c in configs if c.site == str(site) and c.architecture not in BASELINES]
+        if here:
+            folder = runs / f"training-{digest(here)}"
+            trained = train(here, activations, folder, stop, ranks=ranks)
+            made |= zip([c.out for c in here], trained, strict=ranks.first)
+    if not mine:
+        return []
     model, tokenizer = load_model(first.model), load_tokenizer(first.model)
-    return [
-        _finished(config)
-        if (Path(config.out) / CARD).exists()
-        else _finish(
-            config, made[config.out], harvested[Site.parse(config.site)], model, tokenizer, stop
-        )
-        for config in configs
-    ]
-
-
-def _make(
-    configs: Sequence[TrainConfig], activations: Activations, folder: Path, stop: Stop
-) -> list[Dictionary]:
-    """The dictionaries of one site: baselines are fitted, all others trained together."""
-    trained = [config for config in configs if config.architecture not in BASELINES]
-    made = iter(train(trained, activations, folder, stop) if trained else ())
-    return [
-        fit(config, activations, stop) if config.architecture in BASELINES else next(made)
-        for config in configs
-    ]
+    cards = []
+    for config in mine:
+        if (Path(config.out) / CARD).exists():
+            cards.append(_finished(config))
+            continue
+        activations = harvested[Site.parse(config.site)]
+        dictionary = made.get(config.out) or fit(config, activations, stop)
+        cards.append(_finish(config, dictionary, activations, model, tokenizer, stop))
+    return cards
 
 
 def _finish(

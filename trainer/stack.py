@@ -1,6 +1,6 @@
 """Dictionaries of one shape and architecture that train together: parameters, optimiser, schedules."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import psutil
@@ -12,9 +12,12 @@ from trainer.architectures import ARCHITECTURES, Hyper, Outcome, prefixes
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig, TrainerError
 from trainer.model import device
+from trainer.ranks import ALONE, Ranks
 
 _FREE = {"k", "alpha", "lr", "seed", "out"}
 """What members of a stack may differ in."""
+REPLICATED = ("b_dec",)
+"""Parameters that every rank has whole when features are divided; all others have a row for each feature."""
 _MEMORY = 0.999
 """Of the running mean of BatchTopK's threshold."""
 _CACHE = 2**21
@@ -36,10 +39,13 @@ class Stack:
     Random numbers are drawn from the seeds for the first weights only, so `step` is all the random state there is.
     """
 
-    def __init__(self, configs: Sequence[TrainConfig], mean: Tensor, steps: int) -> None:
+    def __init__(
+        self, configs: Sequence[TrainConfig], mean: Tensor, steps: int, ranks: Ranks = ALONE
+    ) -> None:
         """`mean` is that of x as it comes to `advance`; `steps` are those of the whole training."""
         first = configs[0]
-        _check_memory(configs, len(mean))
+        _check_memory(configs, len(mean), ranks)
+        self._ranks = ranks
         self.configs = list(configs)
         self.steps = steps
         self.step = 0
@@ -52,10 +58,12 @@ class Stack:
             for config in configs
         ]
         self.parameters = {
-            name: torch.stack([member[name] for member in members]).to(device())
+            name: torch.stack([self._own(name, member[name]) for member in members]).to(device())
             for name in members[0]
         }
-        self.quiet = torch.zeros(len(configs), first.n_features, dtype=torch.int64, device=device())
+        ranks.take_first_(self._whole(self.parameters))
+        features = ranks.count_own(first.n_features)
+        self.quiet = torch.zeros(len(configs), features, dtype=torch.int64, device=device())
         """Tokens since each feature was last active."""
         self.threshold = torch.zeros(len(configs), device=device())
         self._guess = torch.zeros(len(configs), device=device())
@@ -66,9 +74,10 @@ class Stack:
             first.loss_reduction == "mean",
             {0: d_model // 2, -1: 0}.get(first.aux_k, first.aux_k),
             bandwidth=first.bandwidth,
-            prefixes=prefixes(first.n_features, first.prefixes)
+            prefixes=tuple(map(ranks.count_own, prefixes(first.n_features, first.prefixes)))
             if first.architecture == "matryoshka"
             else (),
+            ranks=ranks,
         )
         # Each member's slices are parameters of their own, so that each may have its own learning rate.
         self._slices = [
@@ -80,7 +89,7 @@ class Stack:
         )
 
     def advance(self, x: Tensor) -> Outcome:
-        """One step on a batch; TrainerError if it leads out of the numbers."""
+        """One step on a batch, or on this rank's tokens of it; TrainerError if it leads out of the numbers."""
         first = self.configs[0]
         warm = min(1.0, (self.step + 1) / first.sparsity_warmup) if first.sparsity_warmup else 1.0
         hyper = replace(
@@ -93,9 +102,10 @@ class Stack:
         outcomes = []
         for block in self._blocks(len(x)):
             parameters = {name: value[block] for name, value in self.parameters.items()}
-            outcome, gradients = self._architecture.step(parameters, x, hyper.of(block))
+            found = self._architecture.step(parameters, x, hyper.of(block))
+            outcome, gradients = self._together(*found)
             _check_finite(self.configs[block], outcome.loss, self.step)
-            _clip(gradients, first.clip)
+            _clip(gradients, first.clip, self._ranks)
             for number, slices in enumerate(self._slices[block]):
                 for name, parameter in slices.items():
                     parameter.grad = gradients[name][number]
@@ -107,23 +117,31 @@ class Stack:
         if self._architecture.unit_decoder:
             W = self.parameters["W_dec"]
             W /= torch.linalg.vector_norm(W, dim=2, keepdim=True).clamp(min=1e-8)
-        self.quiet += len(x)
+        self.quiet += self._ranks.all_tokens(len(x))
         self.quiet[outcome.fired] = 0
         self.threshold.lerp_(outcome.least_active, 1 - _MEMORY)
         self._guess = 0.9 * outcome.least_active
         self.step += 1
         return outcome
 
-    def dictionaries(self, scale: float) -> list[Dictionary]:
-        """By member; x was multiplied by `scale` before training."""
+    def dead_share(self) -> Tensor:
+        """Of each member's features."""
+        first = self.configs[0]
+        dead = (self.quiet >= first.dead_after).float().sum(dim=1)
+        return self._ranks.over_features(dead) / first.n_features
+
+    def dictionaries(
+        self, scale: float, parameters: Mapping[str, Tensor] | None = None
+    ) -> list[Dictionary]:
+        """By member; x was multiplied by `scale` before training. `parameters` are those of all ranks' features."""
         # The running mean began at 0.
         seen = 1 - _MEMORY**self.step
         found = []
-        for member, slices in enumerate(self._slices):
+        for member in range(len(self.configs)):
             hyper = replace(self._hyper, k=self._hyper.k[member : member + 1])
-            parameters = {name: value.cpu() for name, value in slices.items()}
+            own = {n: v[member].cpu() for n, v in (parameters or self.parameters).items()}
             threshold = float(self.threshold[member]) / seen
-            found.append(self._architecture.dictionary(parameters, scale, hyper, threshold))
+            found.append(self._architecture.dictionary(own, scale, hyper, threshold))
         return found
 
     def tensors(self) -> dict[str, Tensor]:
@@ -151,6 +169,25 @@ class Stack:
                     raise BadCheckpoint(f"it has no {kept}*")
                 self._optimiser.state[parameter] = {k: v.to(device()) for k, v in state.items()}
 
+    def _own(self, name: str, parameter: Tensor) -> Tensor:
+        return parameter if name in REPLICATED else self._ranks.own_features(parameter)
+
+    def _whole(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Those that every rank has whole, and that therefore must be the same on all."""
+        return [t for n, t in tensors.items() if not self._ranks.split_features or n in REPLICATED]
+
+    def _together(
+        self, outcome: Outcome, gradients: dict[str, Tensor]
+    ) -> tuple[Outcome, dict[str, Tensor]]:
+        """What all ranks' shares make together."""
+        if self._ranks.size == 1:
+            return outcome, gradients
+        gradients = {name: g.contiguous() for name, g in gradients.items()}
+        fired = outcome.fired.float()
+        shares = [outcome.loss, outcome.l0, outcome.fvu, *self._whole(gradients)]
+        self._ranks.sum_([*shares, fired] if self._ranks.split_tokens else shares)
+        return outcome._replace(fired=fired > 0), gradients
+
     def _factor(self, config: TrainConfig) -> float:
         """Of the learning rate at this step."""
         rise = min(1.0, (self.step + 1) / config.warmup) if config.warmup else 1.0
@@ -162,16 +199,23 @@ class Stack:
         members = len(self.configs)
         together = members
         if device().type == "cpu":
-            together = max(1, _CACHE // (tokens * self.configs[0].n_features))
+            together = max(1, _CACHE // (tokens * self.quiet.shape[1]))
         return [slice(first, first + together) for first in range(0, members, together)]
 
 
-def _clip(gradients: dict[str, Tensor], longest: float) -> None:
+def _clip(gradients: dict[str, Tensor], longest: float, ranks: Ranks) -> None:
     """Shortens each member's gradient to that norm, if it is longer; 0: any may be as long as it is."""
     if not longest:
         return
     norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]
-    norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    if ranks.split_features:
+        squares = [
+            ranks.once(norm.square()) if name in REPLICATED else norm.square()
+            for name, norm in zip(gradients, norms, strict=True)
+        ]
+        norm = ranks.over_features(torch.stack(squares).sum(dim=0)).sqrt()
+    else:
+        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     factor = (longest / norm.clamp(min=1e-12)).clamp(max=1.0)
     if (factor < 1).any():
         for gradient in gradients.values():
@@ -189,18 +233,22 @@ def _check_finite(configs: Sequence[TrainConfig], losses: Tensor, step: int) -> 
         )
 
 
-def _check_memory(configs: Sequence[TrainConfig], d_model: int) -> None:
+def _check_memory(configs: Sequence[TrainConfig], d_model: int, ranks: Ranks) -> None:
     """BadConfig if the weights, their gradients and Adam's moments, and z of a batch, cannot be there at once."""
     first = configs[0]
     matrices = 1 if first.architecture == "tied_relu" else 2
-    numbers = 4 * matrices * first.n_features * d_model + 2 * first.batch * first.n_features
-    needed = 4 * numbers * len(configs)
+    features = ranks.count_own(first.n_features)
+    tokens = first.batch // ranks.size if ranks.split_tokens else first.batch
+    needed = 4 * len(configs) * (4 * matrices * features * d_model + 2 * tokens * features)
     if device().type == "cuda":
         there = torch.cuda.mem_get_info()[0]
     else:
-        there = psutil.virtual_memory().available
+        there = psutil.virtual_memory().available / ranks.here
+    # All look before any of them takes memory.
+    ranks.meet()
     if needed > there:
         raise BadConfig(
             f"{len(configs)} dictionaries of {first.n_features} features need {needed / 2**30:.1f} GiB to train, "
-            f"{there / 2**30:.1f} GiB are free; take fewer at once, a smaller n_features or a smaller batch"
+            f"{there / 2**30:.1f} GiB are free; take fewer at once, a smaller n_features or a smaller batch, or more "
+            "processes with parallel = 'features'"
         )

@@ -2,26 +2,28 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from steer_server.dictionary.dictionary import Dictionary
 from trainer.architectures import Outcome
+from trainer.checkpoint import restore, save, whole_parameters
 from trainer.config import TrainConfig
-from trainer.errors import BadCheckpoint, BadConfig, TrainerError
+from trainer.errors import BadConfig, TrainerError
 from trainer.files import whole_file
 from trainer.harvest import Activations
 from trainer.model import device
+from trainer.ranks import ALONE, Ranks
 from trainer.stack import Stack, stacks
 from trainer.stop import Stop
 
-CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 CHECKPOINT_EVERY, METRICS_EVERY = 250, 50
 _SCALE_SHARDS = 16
 
@@ -32,51 +34,59 @@ def train(
     folder: Path,
     stop: Stop,
     on_step: Callable[[int], None] = lambda step: None,
+    ranks: Ranks = ALONE,
 ) -> list[Dictionary]:
     """The dictionaries after `epochs`, in the order of `configs`, going on from the checkpoint in `folder` if there is one.
 
+    Of several ranks, the first returns them.
+
     The configurations have everything in common but what a stack may differ in (`stacks`). The result has the same
-    bytes however often training was broken off, for equal `threads`. `on_step` is told the number of each finished step.
+    bytes however often training was broken off, for equal `threads` and as many ranks. `on_step` is told the number of
+    each finished step.
     """
-    config, path = configs[0], folder / CHECKPOINT
+    config = configs[0]
     scale, mean = _scale_and_mean(activations, config.normalise_input)
     per_epoch = activations.count // config.batch
     if not per_epoch:
         raise BadConfig(f"{activations.count} activations do not fill a batch of {config.batch}")
     total = per_epoch * config.epochs
-    groups = [Stack(members, mean * scale, total) for members in stacks(configs)]
-    step = _restore(groups, path) if path.exists() else 0
+    groups = [Stack(members, mean * scale, total, ranks) for members in stacks(configs)]
+    step = restore(groups, folder, ranks)
     order = epoch_order(config, activations.count, step // per_epoch)
     folder.mkdir(parents=True, exist_ok=True)
-    _forget_metrics(folder / METRICS, step)
+    if ranks.first:
+        _forget_metrics(folder / METRICS, step)
+    report = folder / METRICS if ranks.first else Path(os.devnull)
     with (
         tqdm(desc="train", total=total, initial=step, unit=" steps") as bar,
-        (folder / METRICS).open("a", encoding="utf-8") as metrics,
+        report.open("a", encoding="utf-8") as metrics,
     ):
         while step < total:
             epoch, place = divmod(step, per_epoch)
             if place == 0:
                 order = epoch_order(config, activations.count, epoch)
-            index = order[place * config.batch :][: config.batch]
-            x = (activations.gather(index) * scale).to(device())
-            if not x.isfinite().all():
-                raise TrainerError(
-                    f"an activation among those of step {step} is not finite; remove the harvest and run again"
-                )
+            index = ranks.own_tokens(order[place * config.batch :][: config.batch])
+            x = _finite(activations.gather(index) * scale, step).to(device())
             with torch.no_grad():
                 outcomes = [group.advance(x) for group in groups]
+            dead = [group.dead_share() for group in groups]
             step += 1
-            _show(bar, groups, outcomes)
+            _show(bar, outcomes, dead)
             if step % METRICS_EVERY == 0 or step == total:
-                _write_metrics(metrics, step, groups, outcomes)
+                _write_metrics(metrics, step, groups, outcomes, dead)
             on_step(step)
-            if stop.requested or step % CHECKPOINT_EVERY == 0 or step == total:
-                _save(groups, step, path)
-            if step < total:
-                stop.check(f"step {step} of {total} is saved in {path}")
+            # All ranks decide on what was known at this moment; a signal that comes later waits for the next step.
+            stopping = ranks.any(stop.requested)
+            if stopping or step % CHECKPOINT_EVERY == 0 or step == total:
+                save(groups, step, folder, ranks)
+            if stopping and step < total:
+                stop.requested = True
+                stop.check(f"step {step} of {total} is saved in {folder}")
+    if not ranks.first:
+        return []
     made: dict[int, Dictionary] = {}
-    for group in groups:
-        made |= zip(map(id, group.configs), group.dictionaries(scale), strict=True)
+    for group, whole in zip(groups, whole_parameters(groups, folder, ranks), strict=True):
+        made |= zip(map(id, group.configs), group.dictionaries(scale, whole), strict=True)
     return [made[id(config)] for config in configs]
 
 
@@ -84,6 +94,14 @@ def epoch_order(config: TrainConfig, count: int, epoch: int) -> Tensor:
     """The random order of all activations in that epoch."""
     generator = torch.Generator().manual_seed(config.data_seed + 1 + 1_000_003 * epoch)
     return torch.randperm(count, generator=generator)
+
+
+def _finite(x: Tensor, step: int) -> Tensor:
+    if not x.isfinite().all():
+        raise TrainerError(
+            f"an activation among those of step {step} is not finite; remove the harvest and run again"
+        )
+    return x
 
 
 def _scale_and_mean(activations: Activations, normalise: bool) -> tuple[float, Tensor]:
@@ -97,13 +115,12 @@ def _scale_and_mean(activations: Activations, normalise: bool) -> tuple[float, T
     return scale, mean.float()
 
 
-def _show(bar: tqdm, groups: Sequence[Stack], outcomes: Sequence[Outcome]) -> None:
+def _show(bar: tqdm, outcomes: Sequence[Outcome], dead: Sequence[Tensor]) -> None:
     """The range over all dictionaries."""
-    shares = [(group.quiet >= group.configs[0].dead_after).float().mean(dim=1) for group in groups]
     columns = {
         "L0": torch.cat([outcome.l0 for outcome in outcomes]),
         "FVU": torch.cat([outcome.fvu for outcome in outcomes]),
-        "dead": torch.cat(shares),
+        "dead": torch.cat(list(dead)),
     }
     bar.update()
     shown = {name: _range(values) for name, values in columns.items()}
@@ -115,9 +132,14 @@ def _range(values: Tensor) -> str:
     return least if least == most else f"{least}..{most}"
 
 
-def _write_metrics(file, step: int, groups: Sequence[Stack], outcomes: Sequence[Outcome]) -> None:
-    for group, outcome in zip(groups, outcomes, strict=True):
-        dead = (group.quiet >= group.configs[0].dead_after).float().mean(dim=1)
+def _write_metrics(
+    file: TextIO,
+    step: int,
+    groups: Sequence[Stack],
+    outcomes: Sequence[Outcome],
+    dead: Sequence[Tensor],
+) -> None:
+    for group, outcome, shares in zip(groups, outcomes, dead, strict=True):
         for member, config in enumerate(group.configs):
             line = {
                 "step": step,
@@ -125,7 +147,7 @@ def _write_metrics(file, step: int, groups: Sequence[Stack], outcomes: Sequence[
                 "loss": outcome.loss[member].item(),
                 "l0": outcome.l0[member].item(),
                 "fvu": outcome.fvu[member].item(),
-                "dead_share": dead[member].item(),
+                "dead_share": shares[member].item(),
             }
             file.write(json.dumps(line) + "\n")
     file.flush()
@@ -139,29 +161,3 @@ def _forget_metrics(path: Path, step: int) -> None:
         whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         with whole_file(path) as fresh:
             fresh.write_text("".join(whole), encoding="utf-8")
-
-
-def _save(groups: Sequence[Stack], step: int, path: Path) -> None:
-    """Writes the checkpoint, whole or not at all."""
-    tensors = {
-        f"{number}.{name}": value
-        for number, group in enumerate(groups)
-        for name, value in group.tensors().items()
-    }
-    with whole_file(path) as fresh:
-        save_file(tensors, fresh, metadata={"step": str(step)})
-
-
-def _restore(groups: Sequence[Stack], path: Path) -> int:
-    """Takes over the checkpoint, and returns its step; BadCheckpoint if it is not one of these stacks."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            for number, group in enumerate(groups):
-                names = [n for n in file.keys() if n.startswith(f"{number}.")]  # noqa: SIM118
-                group.restore(
-                    step, {n.removeprefix(f"{number}."): file.get_tensor(n) for n in names}
-                )
-    except Exception as error:
-        raise BadCheckpoint(f"{path} cannot be read ({error}); remove it to begin anew") from error
-    return step

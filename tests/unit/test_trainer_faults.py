@@ -15,13 +15,13 @@ import torch
 
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import tiny_config, write_model
+from trainer.checkpoint import CHECKPOINT
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig
 from trainer.harvest import harvest
 from trainer.stack import Stack
 from trainer.stop import Stop
-from trainer.train import CHECKPOINT
 
 
 @pytest.fixture

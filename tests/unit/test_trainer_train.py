@@ -16,6 +16,7 @@ from steer_server.dictionary.files import load
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import tiny_config, write_model
 from trainer.architectures import ARCHITECTURES, TopK
+from trainer.checkpoint import CHECKPOINT
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig, Interrupted, TrainerError
@@ -23,7 +24,7 @@ from trainer.harvest import Activations, harvest
 from trainer.model import decoder_layers, load_model, read_sites, truncate
 from trainer.run import evaluate_again, label, run
 from trainer.stop import Stop
-from trainer.train import CHECKPOINT, METRICS, train
+from trainer.train import METRICS, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
