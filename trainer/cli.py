@@ -25,6 +25,10 @@ all of them train in one pass over the activations, and `out` becomes the folder
 
     python -m trainer train examples/smollm2-135m.toml --set 'alpha=[1e-3, 2e-3, 4e-3]' --set out=runs/alphas
 
+The streams attn_z and mlp_act are what goes into the last projection of attention and MLP: the heads' outputs side
+by side, and the hidden activations, where the paper trained its MLP dictionaries. Dictionaries there are evaluated
+and interpreted like all others, but not served: vLLM does not expose these tensors.
+
 Ctrl-C or SIGTERM: the step in progress is finished, a checkpoint written, exit code 130. The same
 command goes on from there and ends in the same bytes as if it had not been broken off. Harvests
 are shared by all runs with the same model, site, corpus and context.

@@ -60,7 +60,7 @@ class TrainConfig:
     model: str
     """Hugging Face folder or hub id."""
     site: str
-    """Stream and layer, such as `resid_post.10`; streams are resid_post, mlp_out, attn_out."""
+    """Stream and layer, such as `resid_post.10`; streams are resid_post, mlp_out, attn_out, and for training only attn_z, mlp_act."""
     corpus: Mapping[str, float]
     """Documents, each path, glob or hub data set with its share of the tokens."""
     out: str

@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import QUANTILES, Evidence, Example, FeatureStatistics
+from steer_server.dictionary.site import Site
 from trainer.errors import BadConfig
 from trainer.harvest import SHARD_CONTEXTS, Activations
-from trainer.model import decoder_layers
 from trainer.stop import Stop
+from trainer.structure import decoder_layers, place
 
 # What a person needs to guess a label, at some 500 bytes a feature: a dictionary is to be copied.
 EXAMPLES = 3
@@ -102,6 +103,7 @@ def evidence(
     result: Survey,
     activations: Activations,
     model: nn.Module,
+    site: Site,
     tokenizer: PreTrainedTokenizerBase,
     stop: Stop,
 ) -> list[Evidence]:
@@ -115,7 +117,7 @@ def evidence(
     listed = min(LOGITS, len(common))
     for start in range(0, dictionary.n_features, 256):
         stop.check("the dictionary is trained, its evidence starts anew")
-        effects = logit_effects(model, dictionary.W_dec[start : start + 256])[:, common]
+        effects = logit_effects(model, site, dictionary.W_dec[start : start + 256])[:, common]
         up, down = effects.topk(listed), effects.topk(listed, largest=False)
         for number in range(len(effects)):
             feature = start + number
@@ -133,12 +135,18 @@ def evidence(
     return entries
 
 
-def logit_effects(model: nn.Module, directions: Tensor) -> Tensor:
-    """Logits that each direction alone gives through the final norm and the head, less those of 0."""
+def logit_effects(model: nn.Module, site: Site, directions: Tensor) -> Tensor:
+    """Logits that each direction at the site alone gives through the final norm and the head, less those of 0.
+
+    A direction inside a sublayer goes through the output projection first, and what a sublayer returns through the norm
+    that the layer puts behind it, if it does.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    norm = _final_norm(model)
     probe = torch.cat([directions, torch.zeros_like(directions[:1])]).to(head.weight)
-    logits = head(norm(probe)).float()
+    for module in place(model, site).to_stream:
+        probe = module(probe)
+        probe = probe - probe[-1]
+    logits = head(_final_norm(model)(probe)).float()
     return (logits[:-1] - logits[-1]).cpu()
 
 

@@ -88,7 +88,7 @@ def _finish(
     skip, max_norm = config.skip_positions, activations.max_norm
     quality = evaluate(model, site, dictionary, activations.heldout, skip, max_norm, stop)
     survey = interpret.survey(dictionary, activations, stop)
-    evidence = interpret.evidence(survey, activations, model, tokenizer, stop)
+    evidence = interpret.evidence(survey, activations, model, site, tokenizer, stop)
     card = Card.of(
         dictionary,
         name=out.name,

@@ -389,3 +389,23 @@ def test_a_sweep_over_sites_trains_each_sites_dictionaries_on_its_own_activation
 
     assert [str(card.site) for card in cards] == ["resid_post.1", "mlp_out.2"]
     assert cards[1].sha256 == alone.sha256
+
+
+def test_dictionaries_inside_sublayers_are_trained_measured_and_interpreted(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """The MLP of the tiny model is twice as wide as the model."""
+    configs = [
+        replace(config, site=site, out=str(tmp_path / site), epochs=1)
+        for site in ("attn_z.2", "mlp_act.2")
+    ]
+
+    cards = run(configs, tmp_path / "runs", Stop())
+
+    assert [card.d_model for card in cards] == [16, 32]
+    for card, one in zip(cards, configs, strict=True):
+        assert card.quality == evaluate_again(Path(one.out), None, [], None, Stop())
+        assert card.quality is not None
+        assert card.quality.fvu < 1
+        evidence = load(Path(one.out)).evidence
+        assert all(entry.logits_up[0][1] > 0 for entry in evidence.values())
