@@ -1,7 +1,7 @@
 """The model's activations at its sites, on disk once, for as many dictionaries as one likes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,12 +61,16 @@ class Activations:
 
 
 def harvest(
-    config: TrainConfig, sites: Sequence[Site], folder: Path, stop: Stop
+    config: TrainConfig,
+    sites: Sequence[Site],
+    folder: Path,
+    stop: Stop,
+    on_end: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> dict[Site, Activations]:
     """The activations in `folder` of each site, harvested as far as they are not there yet.
 
     The model runs once for all sites that lack the same shards. Each shard is written whole; a stop loses at most the
-    shard in progress.
+    shard in progress. `on_end` is told how many tokens the model read, and in how many seconds, if it did.
     """
     tokens = _tokens(config, folder, stop)
     contexts = tokens["train"]
@@ -88,6 +92,7 @@ def harvest(
             for number, those in lacking.items():
                 if those:
                     _write_shards(config, folder, model, those, number, shards[number], bar, stop)
+            on_end(int(bar.n - bar.initial), bar.format_dict["elapsed"])
     return {
         site: _open(
             [_shard(folder, site, number) for number in range(len(shards))],

@@ -1,7 +1,7 @@
-"""The commands on dictionaries: train one, evaluate one, label its features."""
+"""The commands on dictionaries: harvest for one, train one, evaluate one, label its features."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -35,17 +35,11 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
     settings they depend on. Dictionaries that are there already are left alone.
     """
     first = configs[0]
-    if len({config.out for config in configs}) < len(configs):
-        raise BadConfig("each dictionary of a pass needs an `out` of its own")
-    if any(c.digest(PASS_FIELDS) != first.digest(PASS_FIELDS) for c in configs):
-        raise BadConfig(
-            "dictionaries of one pass have their activations, batch and epochs in common"
-        )
+    _check_pass(configs)
     if all((Path(config.out) / CARD).exists() for config in configs):
         return [_finished(config) for config in configs]
     torch.set_num_threads(first.threads)
-    sites = sorted({Site.parse(config.site) for config in configs})
-    harvested = harvest(first, sites, runs / f"activations-{first.harvest_digest}", stop)
+    harvested = harvest(first, _sites(configs), harvest_folder(first, runs), stop)
     made: dict[str, Dictionary] = {}
     for site, activations in harvested.items():
         here = [config for config in configs if config.site == str(site)]
@@ -60,6 +54,35 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
         )
         for config in configs
     ]
+
+
+def harvest_only(
+    configs: Sequence[TrainConfig], runs: Path, stop: Stop, on_end: Callable[[int, float], None]
+) -> dict[Site, Activations]:
+    """The harvest that `run` begins with, for trainings to come; `on_end` as of `harvest`."""
+    first = configs[0]
+    _check_pass(configs)
+    torch.set_num_threads(first.threads)
+    return harvest(first, _sites(configs), harvest_folder(first, runs), stop, on_end)
+
+
+def harvest_folder(config: TrainConfig, runs: Path) -> Path:
+    """Where the activations lie that the configuration asks for."""
+    return runs / f"activations-{config.harvest_digest}"
+
+
+def _sites(configs: Sequence[TrainConfig]) -> list[Site]:
+    return sorted({Site.parse(config.site) for config in configs})
+
+
+def _check_pass(configs: Sequence[TrainConfig]) -> None:
+    first = configs[0]
+    if len({config.out for config in configs}) < len(configs):
+        raise BadConfig("each dictionary of a pass needs an `out` of its own")
+    if any(c.digest(PASS_FIELDS) != first.digest(PASS_FIELDS) for c in configs):
+        raise BadConfig(
+            "dictionaries of one pass have their activations, batch and epochs in common"
+        )
 
 
 def _make(
