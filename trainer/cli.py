@@ -30,6 +30,13 @@ The streams attn_z and mlp_act are what goes into the last projection of attenti
 by side, and the hidden activations, where the paper trained its MLP dictionaries. Dictionaries there are evaluated
 and interpreted like all others, but not served: vLLM does not expose these tensors.
 
+Activations take width x 2 bytes of disk for each token and site. With storage = "buffer" they take none: the model
+fills a buffer in memory (buffer_rows x width x 2 bytes for each site, on the GPU if there is one), half of which is
+drawn at random and filled again at a time, and the dictionaries of all sites train in one pass. The model then runs once
+per epoch, twice more for the statistics and examples of all dictionaries together, once for each pca, and to go on
+after a stop for what was in the buffer, at most some three buffers' worth. For several epochs or one more sweep over
+the same activations shards are cheaper; for more tokens than the disk holds there is the buffer.
+
 Ctrl-C or SIGTERM: the step in progress is finished, a checkpoint written, exit code 130. The same
 command goes on from there and ends in the same bytes as if it had not been broken off. Harvests
 are shared by all runs with the same model, site, corpus and context.

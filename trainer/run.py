@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,22 @@ from steer_server.dictionary.files import CARD, StoredDictionary, check_model, l
 from steer_server.dictionary.site import Site
 from trainer import corpus, interpret
 from trainer.baselines import fit
+from trainer.buffer import Buffer
 from trainer.config import BASELINES, PASS_FIELDS, TrainConfig, digest, from_mapping
 from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
-from trainer.harvest import Activations, harvest
+from trainer.harvest import Activations, Reader, harvest
 from trainer.model import load_model, load_tokenizer, revision, shape_of
+from trainer.source import Source
 from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
 from trainer.train import train
 
 
 def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
-    """Harvest all sites in one pass, train a site's dictionaries in one pass, then evaluate, interpret and save each.
+    """Harvest all sites in one pass, train a site's dictionaries in one pass, then interpret, evaluate and save each.
+
+    With a buffer in the place of a harvest, the dictionaries of all sites train in one pass of the model.
 
     Each stage goes on where it was broken off. Intermediate files lie in `runs`, under names that stand for the
     settings they depend on. Dictionaries that are there already are left alone.
@@ -39,21 +44,33 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
     if all((Path(config.out) / CARD).exists() for config in configs):
         return [_finished(config) for config in configs]
     torch.set_num_threads(first.threads)
-    harvested = harvest(first, _sites(configs), harvest_folder(first, runs), stop)
+    sources = _sources(configs, runs, stop)
     made: dict[str, Dictionary] = {}
-    for site, activations in harvested.items():
-        here = [config for config in configs if config.site == str(site)]
+    for source in sources:
+        here = _of(source, configs)
         folder = runs / f"training-{digest(here)}"
-        made |= zip([c.out for c in here], _make(here, activations, folder, stop), strict=True)
-    model, tokenizer = load_model(first.model), load_tokenizer(first.model)
-    return [
-        _finished(config)
-        if (Path(config.out) / CARD).exists()
-        else _finish(
-            config, made[config.out], harvested[Site.parse(config.site)], model, tokenizer, stop
-        )
-        for config in configs
-    ]
+        made |= zip([c.out for c in here], _make(here, source, folder, stop), strict=True)
+    load_once = cache(load_model)
+    for source in sources:
+        left = [c for c in _of(source, configs) if not (Path(c.out) / CARD).exists()]
+        # Where activations cost a run of the model, one run is for all.
+        at_once = len(left) if first.storage == "buffer" else 1
+        for start in range(0, len(left), max(1, at_once)):
+            some = [(c, made[c.out]) for c in left[start : start + at_once]]
+            _finish(some, source, load_once, stop)
+    return [_finished(config) for config in configs]
+
+
+def _sources(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Source]:
+    """The activations of all sites, together or one by one."""
+    first, folder = configs[0], harvest_folder(configs[0], runs)
+    if first.storage == "buffer":
+        return [Buffer(first, Reader(first, _sites(configs), folder, stop), folder, stop)]
+    return list(harvest(first, _sites(configs), folder, stop).values())
+
+
+def _of(source: Source, configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    return [config for config in configs if Site.parse(config.site) in source.sites]
 
 
 def harvest_only(
@@ -62,6 +79,11 @@ def harvest_only(
     """The harvest that `run` begins with, for trainings to come; `on_end` as of `harvest`."""
     first = configs[0]
     _check_pass(configs)
+    if first.storage != "shards":
+        raise BadConfig(
+            f"storage is {first.storage!r}, which leaves no activations on disk; train at once, or harvest with "
+            "--set storage=shards"
+        )
     torch.set_num_threads(first.threads)
     return harvest(first, _sites(configs), harvest_folder(first, runs), stop, on_end)
 
@@ -86,55 +108,84 @@ def _check_pass(configs: Sequence[TrainConfig]) -> None:
 
 
 def _make(
-    configs: Sequence[TrainConfig], activations: Activations, folder: Path, stop: Stop
+    configs: Sequence[TrainConfig], source: Source, folder: Path, stop: Stop
 ) -> list[Dictionary]:
-    """The dictionaries of one site: baselines are fitted, all others trained together."""
+    """The dictionaries of a source: baselines are fitted, all others trained together."""
     trained = [config for config in configs if config.architecture not in BASELINES]
-    made = iter(train(trained, activations, folder, stop) if trained else ())
+    made = iter(train(trained, source, folder, stop) if trained else ())
     return [
-        fit(config, activations, stop) if config.architecture in BASELINES else next(made)
+        fit(config, source, stop) if config.architecture in BASELINES else next(made)
         for config in configs
     ]
 
 
 def _finish(
+    trained: Sequence[tuple[TrainConfig, Dictionary]],
+    source: Source,
+    load_model: Callable[[str], nn.Module],
+    stop: Stop,
+) -> None:
+    """Interprets, evaluates and saves trained dictionaries."""
+    first = trained[0][0]
+    tokenizer = load_tokenizer(first.model)
+    texts = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
+    # Measure what is stored.
+    dictionaries = [
+        (Site.parse(config.site), dictionary.to(torch.float16).to(torch.float32))
+        for config, dictionary in trained
+    ]
+    surveys = interpret.surveys(dictionaries, source, stop)
+    at = [(site, survey) for (site, _), survey in zip(dictionaries, surveys, strict=True)]
+    examples = interpret.examples(at, source, texts, stop)
+    source.close()
+    model = load_model(first.model)
+    for (config, _), (site, dictionary), survey, shown in zip(
+        trained, dictionaries, surveys, examples, strict=True
+    ):
+        quality = evaluate(
+            model,
+            site,
+            dictionary,
+            source.heldout,
+            config.skip_positions,
+            source.max_norms[site],
+            stop,
+        )
+        evidence = interpret.evidence(site, dictionary, shown, source.train, model, texts, stop)
+        card = _card(config, dictionary, quality, survey, source.max_norms[site], tokenizer)
+        save(Path(config.out), card, dictionary, survey.statistics(), evidence)
+
+
+def _card(
     config: TrainConfig,
     dictionary: Dictionary,
-    activations: Activations,
-    model: nn.Module,
+    quality: Quality,
+    survey: interpret.Survey,
+    max_norm: float,
     tokenizer: PreTrainedTokenizerBase,
-    stop: Stop,
 ) -> Card:
-    """Evaluates, interprets and saves one trained dictionary."""
-    out, site = Path(config.out), Site.parse(config.site)
-    dictionary = dictionary.to(torch.float16).to(torch.float32)  # measure what is stored
-    skip, max_norm = config.skip_positions, activations.max_norm
-    quality = evaluate(model, site, dictionary, activations.heldout, skip, max_norm, stop)
-    survey = interpret.survey(dictionary, activations, stop)
-    evidence = interpret.evidence(survey, activations, model, site, tokenizer, stop)
-    card = Card.of(
+    return Card.of(
         dictionary,
-        name=out.name,
+        name=Path(config.out).name,
         model=Model(
             Path(config.model).name if Path(config.model).is_dir() else config.model,
             revision(config.model),
             config_digest(shape_of(config.model)),
         ),
-        site=site,
+        site=Site.parse(config.site),
         architecture=config.architecture,
         dtype="float16",
         quality=quality,
         training={
             "config": asdict(config) | {"prefixes": list(config.prefixes)},
             "corpus": corpus.fingerprint(config.corpus),
-            "tokens": activations.count,
+            "tokens": survey.tokens,
             "special_tokens": SPECIAL_TOKENS,
             "separator": tokenizer.eos_token,
             "max_norm": max_norm,
             "code": {name: _version(name) for name in ("steer", "torch", "transformers")},
         },
     )
-    return save(out, card, dictionary, survey.statistics(), evidence)
 
 
 def evaluate_again(

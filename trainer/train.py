@@ -1,8 +1,7 @@
-"""Training: many dictionaries in one pass over the harvested activations, to be broken off and continued at any step."""
+"""Training: many dictionaries in one pass over the activations, to be broken off and continued at any step."""
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,23 +11,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steer_server.dictionary.dictionary import Dictionary
+from steer_server.dictionary.site import Site
 from trainer.architectures import Outcome
 from trainer.config import TrainConfig
-from trainer.errors import BadCheckpoint, BadConfig, TrainerError
+from trainer.errors import BadCheckpoint, BadConfig, Interrupted, TrainerError
 from trainer.files import whole_file
-from trainer.harvest import Activations
 from trainer.model import device
+from trainer.source import BySite, Source
 from trainer.stack import Stack, stacks
 from trainer.stop import Stop
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 CHECKPOINT_EVERY, METRICS_EVERY = 250, 50
-_SCALE_SHARDS = 16
 
 
 def train(
     configs: Sequence[TrainConfig],
-    activations: Activations,
+    source: Source,
     folder: Path,
     stop: Stop,
     on_step: Callable[[int], None] = lambda step: None,
@@ -39,14 +38,18 @@ def train(
     bytes however often training was broken off, for equal `threads`. `on_step` is told the number of each finished step.
     """
     config, path = configs[0], folder / CHECKPOINT
-    scale, mean = _scale_and_mean(activations, config.normalise_input)
-    per_epoch = activations.count // config.batch
-    if not per_epoch:
-        raise BadConfig(f"{activations.count} activations do not fill a batch of {config.batch}")
-    total = per_epoch * config.epochs
-    groups = [Stack(members, mean * scale, total) for members in stacks(configs)]
+    total = source.count // config.batch * config.epochs
+    if not total:
+        raise BadConfig(f"{source.count} activations do not fill a batch of {config.batch}")
+    scales = source.scale_and_mean(config.normalise_input)
+    members = stacks(configs)
+    sites = [Site.parse(those[0].site) for those in members]
+    groups = [
+        Stack(those, scales[site][1] * scales[site][0], total)
+        for site, those in zip(sites, members, strict=True)
+    ]
     step = _restore(groups, path) if path.exists() else 0
-    order = epoch_order(config, activations.count, step // per_epoch)
+    batches = source.batches(config, step)
     folder.mkdir(parents=True, exist_ok=True)
     _forget_metrics(folder / METRICS, step)
     with (
@@ -54,17 +57,17 @@ def train(
         (folder / METRICS).open("a", encoding="utf-8") as metrics,
     ):
         while step < total:
-            epoch, place = divmod(step, per_epoch)
-            if place == 0:
-                order = epoch_order(config, activations.count, epoch)
-            index = order[place * config.batch :][: config.batch]
-            x = (activations.gather(index) * scale).to(device())
-            if not x.isfinite().all():
-                raise TrainerError(
-                    f"an activation among those of step {step} is not finite; remove the harvest and run again"
-                )
+            try:
+                x = _scaled(next(batches), scales, step)
+            except Interrupted:
+                # Of a source that works long for a batch.
+                if step:
+                    _save(groups, step, path)
+                raise
             with torch.no_grad():
-                outcomes = [group.advance(x) for group in groups]
+                outcomes = [
+                    group.advance(x[site]) for site, group in zip(sites, groups, strict=True)
+                ]
             step += 1
             _show(bar, groups, outcomes)
             if step % METRICS_EVERY == 0 or step == total:
@@ -75,26 +78,18 @@ def train(
             if step < total:
                 stop.check(f"step {step} of {total} is saved in {path}")
     made: dict[int, Dictionary] = {}
-    for group in groups:
-        made |= zip(map(id, group.configs), group.dictionaries(scale), strict=True)
+    for site, group in zip(sites, groups, strict=True):
+        made |= zip(map(id, group.configs), group.dictionaries(scales[site][0]), strict=True)
     return [made[id(config)] for config in configs]
 
 
-def epoch_order(config: TrainConfig, count: int, epoch: int) -> Tensor:
-    """The random order of all activations in that epoch."""
-    generator = torch.Generator().manual_seed(config.data_seed + 1 + 1_000_003 * epoch)
-    return torch.randperm(count, generator=generator)
-
-
-def _scale_and_mean(activations: Activations, normalise: bool) -> tuple[float, Tensor]:
-    """s with E|s x|^2 = d_model, or 1, and E x, over shards spread evenly through the harvest."""
-    stride = -(-len(activations.shards) // _SCALE_SHARDS)
-    chosen = activations.shards[::stride]
-    rows = sum(len(shard) for shard in chosen)
-    squares = sum(shard.double().square().sum().item() for shard in chosen)
-    mean = torch.stack([shard.double().sum(dim=0) for shard in chosen]).sum(dim=0) / rows
-    scale = math.sqrt(activations.d_model * rows / squares) if normalise else 1.0
-    return scale, mean.float()
+def _scaled(batch: BySite, scales: Mapping[Site, tuple[float, Tensor]], step: int) -> BySite:
+    scaled = {site: (x * scales[site][0]).to(device()) for site, x in batch.items()}
+    if not all(x.isfinite().all() for x in scaled.values()):
+        raise TrainerError(
+            f"an activation among those of step {step} is not finite; remove the harvest and run again"
+        )
+    return scaled
 
 
 def _show(bar: tqdm, groups: Sequence[Stack], outcomes: Sequence[Outcome]) -> None:
