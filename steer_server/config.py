@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from steer_server.dictionary.site import Site
+from steer_server.dictionary.site import SERVED, Site
 from steer_server.errors import InvalidConfig, SteerError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -245,9 +245,16 @@ def _sources(key: str, value: Any) -> tuple[DictionarySource, ...]:
 
 def _sites(key: str, value: Any) -> tuple[Site, ...]:
     try:
-        return tuple(Site.parse(text) for text in _list(key, value))
+        sites = tuple(Site.parse(text) for text in _list(key, value))
     except SteerError as error:
         raise InvalidConfig(str(error), field=key) from error
+    inner = [str(site) for site in sites if site.inner]
+    if inner:
+        raise InvalidConfig(
+            f"vLLM does not expose {', '.join(inner)}; served sites are {', '.join(SERVED)} of any layer",
+            field=key,
+        )
+    return sites
 
 
 def _watch(key: str, value: Any) -> tuple[tuple[str, int], ...]:

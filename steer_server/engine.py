@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from steer_server import __version__
 from steer_server.dictionary.card import model_shape
 from steer_server.dictionary.edits import Clamp
-from steer_server.dictionary.files import StoredDictionary, check_model
+from steer_server.dictionary.files import StoredDictionary, check_model, check_served
 from steer_server.dictionary.site import Site
 from steer_server.errors import (
     DictionaryMismatch,
@@ -116,6 +116,7 @@ class VllmEngine:
         return not self._stopped and self._llm.is_running and not self._llm.errored
 
     async def add_dictionary(self, name: str, stored: StoredDictionary) -> None:
+        check_served(stored.card)
         check_model(stored.card, self._model_config)
         if stored.card.site not in self._settings.sites:
             raise DictionaryMismatch(

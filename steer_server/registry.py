@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from steer_server.dictionary.files import StoredDictionary, load
+from steer_server.dictionary.files import StoredDictionary, check_served, load
 from steer_server.errors import DictionaryNotFound, InvalidConfig
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -24,7 +24,8 @@ class Registry:
         return name
 
     def add(self, name: str, stored: StoredDictionary) -> None:
-        """InvalidConfig if the name is taken or not one."""
+        """InvalidConfig if the name is taken or not one, DictionaryMismatch if its site is not served."""
+        check_served(stored.card)
         if not _NAME.fullmatch(name):
             raise InvalidConfig(
                 f"{name!r} cannot name a dictionary: 1 to 64 of a-z, 0-9, dot, dash and underscore, "

@@ -11,9 +11,10 @@ _ABOUT = """Sparse dictionaries of a language model's activations, from text to 
 
     python -m trainer model --out models/SmolLM2-135M-Instruct
     python -m trainer corpus --out corpora
+    python -m trainer harvest examples/smollm2-135m.toml
     python -m trainer train examples/smollm2-135m.toml
 
-Every command can be broken off with Ctrl-C and started again; it goes on where it was.
+`train` harvests by itself what is not there yet; `harvest` is for doing it before, or on another machine. Every command can be broken off with Ctrl-C and started again; it goes on where it was.
 """
 
 _TRAIN = """Harvests activations, trains a dictionary, measures it on held-out text, finds each feature's
@@ -25,6 +26,17 @@ A list in the place of site, architecture, n_features, k, alpha, lr or seed asks
 all of them train in one pass over the activations, and `out` becomes the folder that holds them:
 
     python -m trainer train examples/smollm2-135m.toml --set 'alpha=[1e-3, 2e-3, 4e-3]' --set out=runs/alphas
+
+The streams attn_z and mlp_act are what goes into the last projection of attention and MLP: the heads' outputs side
+by side, and the hidden activations, where the paper trained its MLP dictionaries. Dictionaries there are evaluated
+and interpreted like all others, but not served: vLLM does not expose these tensors.
+
+Activations take width x 2 bytes of disk for each token and site. With storage = "buffer" they take none: the model
+fills a buffer in memory (buffer_rows x width x 2 bytes for each site, on the GPU if there is one), half of which is
+drawn at random and filled again at a time, and the dictionaries of all sites train in one pass. The model then runs once
+per epoch, twice more for the statistics and examples of all dictionaries together, once for each pca, and to go on
+after a stop for what was in the buffer, at most some three buffers' worth. For several epochs or one more sweep over
+the same activations shards are cheaper; for more tokens than the disk holds there is the buffer.
 
 Ctrl-C or SIGTERM: the step in progress is finished, a checkpoint written, exit code 130. The same
 command goes on from there and ends in the same bytes as if it had not been broken off. Harvests
@@ -43,6 +55,26 @@ share one; raise its --shutdown-timeout, 30 s, if a step and a checkpoint take l
 it starts them again after one has died, from the last checkpoint.
 
 Too many active features: raise alpha. FVU too high, or many dead features: lower it.
+"""
+
+_HARVEST = """Runs the model over the corpus and keeps what it computes at the sites of the configuration, in the folder
+RUNS/activations-..., whose name stands for the settings that the activations depend on:
+
+    python -m trainer harvest examples/smollm2-135m.toml --set 'site=["resid_post.10", "mlp_out.10"]'
+
+`train` with the same --runs finds them there, whatever it is told of architecture, n_features, k, alpha, seed, batch or
+epochs. Sites that come later are added in a pass of their own. What is harvested, and from what:
+
+    model, site          every layer after the last site is left out
+    corpus, tokens       documents joined by the end-of-sequence token and cut into contexts of `context` tokens
+    skip_positions       the first positions of a context are left out, as attention sinks
+    max_norm_ratio       so are activations longer than this many medians
+    activation_dtype     2 bytes a number, or 4: a token takes width x 2 bytes at each site
+
+One million tokens of a model of width 576 are 1.2 GB at a site. The file tokens.safetensors beside the sites holds the
+contexts, held-out ones included; shards of 64 contexts follow, each written whole. Ctrl-C or SIGTERM: the shard in progress
+is lost, exit code 130, and the same command goes on with it. The folder can be moved and copied, and removed when
+the dictionaries are made: `evaluate`, `compare` and `label` do not need it.
 """
 
 _COMPARE = """Prints a table of their quality as it was measured on held-out text, and for each two of the same site:
@@ -95,6 +127,15 @@ def parser() -> argparse.ArgumentParser:
     corpus.add_argument("--out", type=Path, required=True, help="folder to write")
     corpus.set_defaults(run=_corpus)
 
+    harvest = commands.add_parser(
+        "harvest",
+        help="keep a model's activations, to train on later",
+        description=_HARVEST,
+        formatter_class=raw,
+    )
+    _add_config(harvest)
+    harvest.set_defaults(run=_harvest)
+
     train = commands.add_parser(
         "train",
         help="train a dictionary",
@@ -102,18 +143,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_fields(),
         formatter_class=raw,
     )
-    train.add_argument("config", type=Path, help="TOML file")
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="replace a key of the file; may be repeated",
-    )
-    train.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder for intermediate files"
-    )
+    _add_config(train)
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure a dictionary on held-out text")
@@ -140,6 +170,21 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("labels", type=Path, help="TOML file: weights_sha256 and a table [labels]")
     label.set_defaults(run=_label)
     return top
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, help="TOML file")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="replace a key of the file; may be repeated",
+    )
+    command.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder for intermediate files"
+    )
 
 
 def _fields() -> str:
@@ -174,6 +219,30 @@ def _corpus(options: argparse.Namespace) -> None:
 
     made = fetch_corpora(options.out)
     print(f"{options.out}: {'wrote ' + ', '.join(made) if made else 'complete, nothing to do'}")
+
+
+def _harvest(options: argparse.Namespace) -> None:
+    from trainer.config import load
+
+    configs = load(options.config, options.overrides)
+    from trainer.run import harvest_folder, harvest_only
+    from trainer.stop import Stop
+
+    done: list[str] = []
+
+    def on_end(tokens: int, seconds: float) -> None:
+        done.append(f"{tokens:,} tokens in {seconds:,.0f} s, {tokens / seconds:,.0f} tokens/s")
+
+    with Stop() as stop:
+        found = harvest_only(configs, options.runs, stop, on_end)
+    folder = harvest_folder(configs[0], options.runs)
+    print(f"{folder}: {', '.join(done) or 'complete, nothing to do'}")
+    for site, activations in found.items():
+        size = sum(path.stat().st_size for path in (folder / str(site)).glob("shard-*"))
+        print(
+            f"  {site!s:<14} {activations.count:>13,} activations of width {activations.d_model:,}, "
+            f"{configs[0].activation_dtype}, {size / 1e9:,.2f} GB; longer than {activations.max_norm:.4g} left out"
+        )
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -34,7 +34,15 @@ HARVEST_FIELDS = (
     "threads",
 )
 SWEPT = ("site", "architecture", "n_features", "k", "alpha", "lr", "seed")
-PASS_FIELDS = (*HARVEST_FIELDS, "batch", "epochs", "normalise_input", "parallel")
+PASS_FIELDS = (
+    *HARVEST_FIELDS,
+    "batch",
+    "epochs",
+    "normalise_input",
+    "storage",
+    "buffer_rows",
+    "parallel",
+)
 """What dictionaries that are trained in one pass have in common."""
 Architecture = Literal[
     "batch_top_k",
@@ -61,7 +69,7 @@ class TrainConfig:
     model: str
     """Hugging Face folder or hub id."""
     site: str
-    """Stream and layer, such as `resid_post.10`; streams are resid_post, mlp_out, attn_out."""
+    """Stream and layer, such as `resid_post.10`; streams are resid_post, mlp_out, attn_out, and for training only attn_z, mlp_act."""
     corpus: Mapping[str, float]
     """Documents, each path, glob or hub data set with its share of the tokens."""
     out: str
@@ -81,7 +89,7 @@ class TrainConfig:
     normalise_input: bool = True
     """Scale activations to E|x|^2 = d_model, so that one alpha means the same at every site."""
     epochs: int = 1
-    """Passes over the harvested activations, each in a new random order."""
+    """Passes over the activations, each in a new random order."""
     batch: int = 1024
     """Activations per step."""
     lr: float = 0.0
@@ -109,7 +117,11 @@ class TrainConfig:
     max_norm_ratio: float = 10.0
     """Activations longer than this many medians are left out: attention sinks at other positions."""
     activation_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Of the activations on disk; a value that overflows stops the harvest."""
+    """Of the activations as they are kept; a value that overflows stops the harvest."""
+    storage: Literal["shards", "buffer"] = "shards"
+    """`shards` keeps all activations on disk; `buffer` none: the model runs for every epoch, and twice after training."""
+    buffer_rows: int = 131_072
+    """Activations of each site in the buffer, half of which are drawn and replaced at a time."""
     holdout_every: int = 20
     """Every so many-th document is held out for evaluation."""
     eval_tokens: int = 32768
@@ -129,7 +141,15 @@ class TrainConfig:
             Site.parse(self.site)
         except InvalidRequest as error:
             raise BadConfig(str(error)) from error
-        positive = ("tokens", "n_features", "epochs", "batch", "eval_tokens", "threads")
+        positive = (
+            "tokens",
+            "n_features",
+            "epochs",
+            "batch",
+            "eval_tokens",
+            "threads",
+            "buffer_rows",
+        )
         for name in (*positive, "max_norm_ratio", "holdout_every", "bandwidth", "dead_after"):
             if not getattr(self, name) > 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must be above 0")

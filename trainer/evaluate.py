@@ -9,7 +9,7 @@ from tqdm import tqdm
 from steer_server.dictionary.card import Quality
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.site import Site
-from trainer.errors import BadCorpus
+from trainer.errors import BadConfig, BadCorpus
 from trainer.model import device, site_hook
 from trainer.stop import Stop
 
@@ -71,6 +71,10 @@ def evaluate(
         nonlocal keep
         keep = x.float().norm(dim=-1) <= max_norm
         keep[:, :skip_positions] = False
+        if x.shape[-1] != dictionary.d_model:
+            raise BadConfig(
+                f"the dictionary is for x of width {dictionary.d_model}, that at {site} has {x.shape[-1]}"
+            )
 
     def splice(x: Tensor) -> Tensor:
         spliced = x.clone()

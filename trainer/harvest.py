@@ -1,7 +1,8 @@
 """The model's activations at its sites, on disk once, for as many dictionaries as one likes."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +18,20 @@ from trainer.errors import BadCheckpoint, TrainerError
 from trainer.files import whole_file, write_json
 from trainer.model import load_model, load_tokenizer, read_sites, truncate
 from trainer.ranks import ALONE, Ranks
+from trainer.source import BySite, Rows, random_order
 from trainer.stop import Stop
 from trainer.tokens import pack
 
 SHARD_CONTEXTS = 64
 FORWARD_CONTEXTS = 8
+_PIECE_CONTEXTS = 8
+_SCALE_SHARDS = 16
 TOKENS, META = "tokens.safetensors", "activations.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """What a harvest left: memory-mapped shards of activations, and the contexts they come from."""
+    """What a harvest left of a site: memory-mapped shards of activations, and the contexts they come from. A `Source`."""
 
     shards: list[Tensor]
     """rows x d_model each."""
@@ -38,6 +42,19 @@ class Activations:
     heldout: Tensor
     max_norm: float
     """Activations longer than this were left out."""
+    site: Site
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.site,)
+
+    @property
+    def widths(self) -> dict[Site, int]:
+        return {self.site: self.d_model}
+
+    @property
+    def max_norms(self) -> dict[Site, float]:
+        return {self.site: self.max_norm}
 
     @property
     def count(self) -> int:
@@ -60,14 +77,102 @@ class Activations:
             first += len(shard)
         return x
 
+    def scale_and_mean(self, normalise: bool) -> dict[Site, tuple[float, Tensor]]:
+        stride = -(-len(self.shards) // _SCALE_SHARDS)
+        chosen = self.shards[::stride]
+        rows = sum(len(shard) for shard in chosen)
+        squares = sum(shard.double().square().sum().item() for shard in chosen)
+        mean = torch.stack([shard.double().sum(dim=0) for shard in chosen]).sum(dim=0) / rows
+        scale = math.sqrt(self.d_model * rows / squares) if normalise else 1.0
+        return {self.site: (scale, mean.float())}
+
+    def batches(self, config: TrainConfig, step: int, ranks: Ranks = ALONE) -> Iterator[BySite]:
+        epoch, place = divmod(step, self.count // config.batch)
+        while True:
+            order = torch.randperm(self.count, generator=random_order(config, epoch))
+            for index in order.split(config.batch)[place : self.count // config.batch]:
+                yield {self.site: self.gather(ranks.own_tokens(index))}
+            epoch, place = epoch + 1, 0
+
+    def pieces(self) -> Iterator[Rows]:
+        length = self.train.shape[1]
+        for x, rows in zip(self.shards, self.rows, strict=True):
+            contexts = rows.long() // length
+            piece = (contexts - contexts[0]) // _PIECE_CONTEXTS
+            sizes = torch.bincount(piece).tolist()
+            for some, places in zip(x.split(sizes), rows.split(sizes), strict=True):
+                yield {self.site: (some, places.long())}
+
+    def contexts(self, numbers: list[int]) -> Iterator[Rows]:
+        length = self.train.shape[1]
+        for number in numbers:
+            shard = number // SHARD_CONTEXTS
+            places = self.rows[shard].long()
+            here = places // length == number
+            yield {self.site: (self.shards[shard][here], places[here])}
+
+    def close(self) -> None:
+        """The system takes back mapped memory by itself."""
+
+
+Found = Mapping[Site, tuple[Tensor, Tensor]]
+"""At each site x of a group of contexts, [rows, width] as it is stored, and which rows are kept, on the device."""
+
+
+class Reader:
+    """Runs the model on groups of training contexts, whose contexts always go through it together."""
+
+    def __init__(
+        self, config: TrainConfig, sites: Sequence[Site], folder: Path, stop: Stop
+    ) -> None:
+        """The contexts and the norms' bounds are those of a harvest in `folder`."""
+        self.sites = tuple(sites)
+        self.tokens = _tokens(config, folder, stop, ALONE)
+        self.size = FORWARD_CONTEXTS
+        self.groups = -(-len(self.tokens["train"]) // self.size)
+        self._config = config
+        self._model: nn.Module | None = None
+        if any(not (folder / str(site) / META).exists() for site in sites):
+            _find_max_norms(config, folder, self._loaded(), sites, self.tokens["train"])
+        self.max_norms = {site: _max_norm(folder, site) for site in sites}
+
+    def read(self, group: int) -> Found:
+        """Of all positions but the first ones that are left out."""
+        contexts = self.tokens["train"][group * self.size :][: self.size]
+        skip = self._config.skip_positions
+        found: dict[Site, tuple[Tensor, Tensor]] = {}
+        for site, x in zip(
+            self.sites, read_sites(self._loaded(), self.sites, contexts), strict=True
+        ):
+            keep = kept(self._config, x, self.max_norms[site])[:, skip:].flatten()
+            # What is left out may be too long for the stored dtype.
+            x = x[:, skip:].flatten(0, 1).masked_fill(~keep[:, None], 0.0)
+            found[site] = _stored(self._config, site, x), keep
+        return found
+
+    def close(self) -> None:
+        """Gives the model's memory back; it is loaded again when it is needed."""
+        self._model = None
+
+    def _loaded(self) -> nn.Module:
+        if self._model is None:
+            self._model = truncate(load_model(self._config.model), self.sites)
+        return self._model
+
 
 def harvest(
-    config: TrainConfig, sites: Sequence[Site], folder: Path, stop: Stop, ranks: Ranks = ALONE
+    config: TrainConfig,
+    sites: Sequence[Site],
+    folder: Path,
+    stop: Stop,
+    on_end: Callable[[int, float], None] = lambda tokens, seconds: None,
+    ranks: Ranks = ALONE,
 ) -> dict[Site, Activations]:
     """The activations in `folder` of each site, harvested as far as they are not there yet.
 
     The model runs once for all sites that lack the same shards. Each shard is written whole; a stop loses at most the
-    shard in progress. Rank r of n takes the shards r, r + n, r + 2 n, ...
+    shard in progress. `on_end` is told how many tokens the model read, and in how many seconds, if it did.
+    Rank r of n takes the shards r, r + n, r + 2 n, ...
     """
     tokens = _tokens(config, folder, stop, ranks)
     contexts = tokens["train"]
@@ -93,6 +198,7 @@ def harvest(
             for number, those in lacking.items():
                 if those:
                     _write_shards(config, folder, model, those, number, shards[number], bar, stop)
+            on_end(int(bar.n - bar.initial), bar.format_dict["elapsed"])
     written = (_shard(folder, site, number) for site in sites for number in range(len(shards)))
     ranks.wait_for(written, stop, "the harvest has every shard of this process")
     return {
@@ -100,6 +206,7 @@ def harvest(
             [_shard(folder, site, number) for number in range(len(shards))],
             tokens,
             _max_norm(folder, site),
+            site,
         )
         for site in sites
     }
@@ -163,7 +270,7 @@ def _write_shards(
         for site, x in zip(sites, read_sites(model, sites, batch), strict=True):
             keep = kept(config, x, bounds[site])
             values, rows = kinds[site]
-            values.append(_stored(config, site, x[keep]))
+            values.append(_stored(config, site, x[keep]).cpu())
             rows.append(keep.flatten().nonzero().squeeze(1).cpu() + start)
         start += batch.numel()
         bar.update(batch.numel())
@@ -174,7 +281,7 @@ def _write_shards(
 
 
 def _stored(config: TrainConfig, site: Site, x: Tensor) -> Tensor:
-    stored = x.to(getattr(torch, config.activation_dtype)).cpu()
+    stored = x.to(getattr(torch, config.activation_dtype))
     if not stored.isfinite().all():
         raise TrainerError(
             f"an activation of {x.abs().max().item():.3g} at {site} overflows "
@@ -183,7 +290,7 @@ def _stored(config: TrainConfig, site: Site, x: Tensor) -> Tensor:
     return stored
 
 
-def _open(paths: list[Path], tokens: dict[str, Tensor], max_norm: float) -> Activations:
+def _open(paths: list[Path], tokens: dict[str, Tensor], max_norm: float, site: Site) -> Activations:
     shards: list[Tensor] = []
     rows: list[Tensor] = []
     for path in paths:
@@ -193,4 +300,4 @@ def _open(paths: list[Path], tokens: dict[str, Tensor], max_norm: float) -> Acti
                 rows.append(file.get_tensor("row"))
         except Exception as error:
             raise BadCheckpoint(f"{path} is damaged ({error}); remove it and run again") from error
-    return Activations(shards, rows, tokens["train"], tokens["heldout"], max_norm)
+    return Activations(shards, rows, tokens["train"], tokens["heldout"], max_norm, site)

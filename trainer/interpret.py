@@ -1,18 +1,18 @@
 """What each feature responds to and what it does: statistics, top examples, logit effects."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import QUANTILES, Evidence, Example, FeatureStatistics
+from steer_server.dictionary.site import Site
 from trainer.errors import BadConfig
-from trainer.harvest import SHARD_CONTEXTS, Activations
-from trainer.model import decoder_layers
+from trainer.source import Source
 from trainer.stop import Stop
+from trainer.structure import decoder_layers, place
 
 # What a person needs to guess a label, at some 500 bytes a feature: a dictionary is to be copied.
 EXAMPLES = 3
@@ -24,14 +24,13 @@ LOGITS = 3
 # Tokens seen less often than this in the harvest are not listed among logit effects: their badly
 # trained unembeddings are long, and would crowd out every other token at every feature.
 COMMON = 10
-_CHUNK_CONTEXTS = 8
 # Quantiles come from histograms on a log scale: bins are 2.2% wide, from 2^-10 to 2^20.
 _BINS_PER_OCTAVE, _LOW_OCTAVE, _OCTAVES = 32, -10, 30
 _BINS = _BINS_PER_OCTAVE * _OCTAVES
 
 
 class Survey:
-    """Statistics and the contexts of the strongest activations, in one pass over a harvest."""
+    """Statistics and the contexts of the strongest activations, in one pass over activations."""
 
     def __init__(self, dictionary: Dictionary) -> None:
         F = dictionary.n_features
@@ -44,10 +43,12 @@ class Survey:
         self.top_contexts = torch.zeros(0, F, dtype=torch.int64)
 
     def add(self, x: Tensor, rows: Tensor, length: int) -> None:
-        """Activations of whole contexts; `rows` are their places in the harvest.
+        """Activations of whole contexts; `rows` are their places.
 
         Of activations that may be negative, such as coordinates, only those above 0 are looked at.
         """
+        if not len(x):
+            return
         f = self.dictionary.encode(x).clamp_(min=0.0)
         self.tokens += len(x)
         self.sum += f.sum(dim=0, dtype=torch.float64)
@@ -86,36 +87,72 @@ class Survey:
 
 
 @torch.inference_mode()
-def survey(dictionary: Dictionary, activations: Activations, stop: Stop) -> Survey:
-    """Over all training activations."""
-    result = Survey(dictionary)
-    with tqdm(desc="statistics", total=activations.count, unit=" tokens") as bar:
-        for x, rows in _chunks(activations):
+def surveys(
+    dictionaries: Sequence[tuple[Site, Dictionary]], source: Source, stop: Stop
+) -> list[Survey]:
+    """Of each dictionary over all training activations of its site, which are read once."""
+    found = [Survey(dictionary) for _, dictionary in dictionaries]
+    length = source.train.shape[1]
+    with tqdm(desc="statistics", total=source.count, unit=" tokens") as bar:
+        for rows in source.pieces():
             stop.check("the dictionary is trained, its statistics start anew")
-            result.add(x.float(), rows, activations.train.shape[1])
-            bar.update(len(x))
-    return result
+            for survey, (site, _) in zip(found, dictionaries, strict=True):
+                x, places = rows[site]
+                survey.add(x.float(), places, length)
+            bar.update(max(len(x) for x, _ in rows.values()))
+    return found
+
+
+@torch.inference_mode()
+def examples(
+    dictionaries: Sequence[tuple[Site, Survey]], source: Source, texts: list[str], stop: Stop
+) -> list[dict[int, list[Example]]]:
+    """Of each survey, by feature: the strongest activations in context, strongest first."""
+    length = source.train.shape[1]
+    firing = [(survey.top > 0).nonzero(as_tuple=True) for _, survey in dictionaries]
+    at = [
+        survey.top_contexts[fired] for (_, survey), fired in zip(dictionaries, firing, strict=True)
+    ]
+    found: list[dict[int, dict[int, Example]]] = [{} for _ in dictionaries]
+    numbers = torch.cat(at).unique().tolist()
+    for number, rows in zip(numbers, source.contexts(numbers), strict=True):
+        stop.check("the dictionary is trained, its evidence starts anew")
+        for own, (site, survey), (rank, feature), context in zip(
+            found, dictionaries, firing, at, strict=True
+        ):
+            here = context == number
+            x, places = rows[site]
+            f = survey.dictionary.rows.take(feature[here]).encode(x.float())
+            for column, (of, level) in enumerate(
+                zip(feature[here].tolist(), rank[here].tolist(), strict=True)
+            ):
+                values = torch.zeros(length)
+                values[places % length] = f[:, column]
+                own.setdefault(of, {})[level] = _window(values, source.train[number], texts)
+    return [
+        {of: _varied([ranked[level] for level in sorted(ranked)]) for of, ranked in own.items()}
+        for own in found
+    ]
 
 
 @torch.inference_mode()
 def evidence(
-    result: Survey,
-    activations: Activations,
+    site: Site,
+    dictionary: Dictionary,
+    examples: Mapping[int, list[Example]],
+    train: Tensor,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
     stop: Stop,
 ) -> list[Evidence]:
-    """Of every feature that fired: its strongest activations in context, and its logit effects."""
-    dictionary = result.dictionary
-    texts = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
-    examples = _examples(result, activations, texts, stop)
+    """Of every feature with examples: those, and its logit effects; `train` are the training contexts."""
     entries: list[Evidence] = []
-    counts = torch.bincount(activations.train.flatten(), minlength=len(texts))
+    counts = torch.bincount(train.flatten(), minlength=len(texts))
     common = (counts >= COMMON).nonzero().squeeze(1)
     listed = min(LOGITS, len(common))
     for start in range(0, dictionary.n_features, 256):
         stop.check("the dictionary is trained, its evidence starts anew")
-        effects = logit_effects(model, dictionary.W_dec[start : start + 256])[:, common]
+        effects = logit_effects(model, site, dictionary.W_dec[start : start + 256])[:, common]
         up, down = effects.topk(listed), effects.topk(listed, largest=False)
         for number in range(len(effects)):
             feature = start + number
@@ -133,12 +170,18 @@ def evidence(
     return entries
 
 
-def logit_effects(model: nn.Module, directions: Tensor) -> Tensor:
-    """Logits that each direction alone gives through the final norm and the head, less those of 0."""
+def logit_effects(model: nn.Module, site: Site, directions: Tensor) -> Tensor:
+    """Logits that each direction at the site alone gives through the final norm and the head, less those of 0.
+
+    A direction inside a sublayer goes through the output projection first, and what a sublayer returns through the norm
+    that the layer puts behind it, if it does.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    norm = _final_norm(model)
     probe = torch.cat([directions, torch.zeros_like(directions[:1])]).to(head.weight)
-    logits = head(norm(probe)).float()
+    for module in place(model, site).to_stream:
+        probe = module(probe)
+        probe = probe - probe[-1]
+    logits = head(_final_norm(model)(probe)).float()
     return (logits[:-1] - logits[-1]).cpu()
 
 
@@ -149,37 +192,6 @@ def _final_norm(model: nn.Module) -> nn.Module:
     if not norms:
         raise BadConfig(f"{type(parent).__name__} has no norm after its layers")
     return norms[-1]
-
-
-def _chunks(activations: Activations) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every shard in pieces of whole contexts."""
-    length = activations.train.shape[1]
-    for x, rows in zip(activations.shards, activations.rows, strict=True):
-        contexts = rows.long() // length
-        piece = (contexts - contexts[0]) // _CHUNK_CONTEXTS
-        sizes = torch.bincount(piece).tolist()
-        yield from zip(x.split(sizes), rows.split(sizes), strict=True)
-
-
-def _examples(
-    result: Survey, activations: Activations, texts: list[str], stop: Stop
-) -> dict[int, list[Example]]:
-    """By feature, strongest first."""
-    rank, feature = (result.top > 0).nonzero(as_tuple=True)
-    context = result.top_contexts[rank, feature]
-    found: dict[int, dict[int, Example]] = {}
-    for number in context.unique().tolist():
-        stop.check("the dictionary is trained, its evidence starts anew")
-        place, x = _context(activations, number)
-        here = context == number
-        f = result.dictionary.rows.take(feature[here]).encode(x)
-        for column, (of, at) in enumerate(
-            zip(feature[here].tolist(), rank[here].tolist(), strict=True)
-        ):
-            values = torch.zeros(activations.train.shape[1])
-            values[place] = f[:, column]
-            found.setdefault(of, {})[at] = _window(values, activations.train[number], texts)
-    return {of: _varied([all_[at] for at in sorted(all_)]) for of, all_ in found.items()}
 
 
 def _varied(candidates: list[Example]) -> list[Example]:
@@ -194,15 +206,6 @@ def _varied(candidates: list[Example]) -> list[Example]:
         words.add(word)
     chosen = (first + others)[:EXAMPLES]
     return [example for example in candidates if example in chosen][:EXAMPLES]
-
-
-def _context(activations: Activations, number: int) -> tuple[Tensor, Tensor]:
-    """Positions and activations of one context."""
-    length = activations.train.shape[1]
-    shard = number // SHARD_CONTEXTS
-    rows = activations.rows[shard].long()
-    here = rows // length == number
-    return rows[here] % length, activations.shards[shard][here].float()
 
 
 def _window(values: Tensor, tokens: Tensor, texts: list[str]) -> Example:

@@ -14,12 +14,7 @@ from steer_server.dictionary.card import model_shape
 from steer_server.dictionary.site import Site
 from trainer.errors import BadConfig
 from trainer.files import sha256
-
-_LAYERS = ("layers", "h", "blocks")
-_SUBLAYERS = {
-    "mlp_out": ("mlp", "feed_forward", "ffn"),
-    "attn_out": ("self_attn", "attn", "attention", "self_attention"),
-}
+from trainer.structure import decoder_layers, main_tensor, place
 
 
 def load_model(name: str) -> nn.Module:
@@ -57,36 +52,10 @@ def revision(name: str) -> str:
     return "+".join(sha256(path) for path in weights) or "no safetensors"
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers, found by structure: its longest list named layers, h or blocks."""
-    lists = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in _LAYERS
-    ]
-    if not lists:
-        raise BadConfig(f"{type(model).__name__} has no list of modules named {_LAYERS}")
-    return max(lists, key=len)
-
-
-def site_module(model: nn.Module, site: Site) -> nn.Module:
-    """The module whose output is the site."""
-    layers = decoder_layers(model)
-    if site.layer >= len(layers):
-        raise BadConfig(f"site {site} does not exist: the model has layers 0..{len(layers) - 1}")
-    layer = layers[site.layer]
-    if site.stream == "resid_post":
-        return layer
-    for name, child in layer.named_children():
-        if name in _SUBLAYERS[site.stream]:
-            return child
-    raise BadConfig(f"{type(layer).__name__} has no child named {_SUBLAYERS[site.stream]}")
-
-
 def truncate(model: nn.Module, sites: Sequence[Site]) -> nn.Module:
     """The model without its head and without the layers after the last site; their memory can be freed."""
     for site in sites:
-        site_module(model, site)
+        place(model, site)
     body = model.get_submodule(str(getattr(model, "base_model_prefix", "")))
     layers = decoder_layers(body)
     del layers[max(site.layer for site in sites) + 1 :]
@@ -99,14 +68,23 @@ def site_hook(
 ) -> Iterator[None]:
     """While entered, `change` sees the site's tensor in every forward pass and may replace it."""
 
-    def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
-        x = output[0] if isinstance(output, tuple) else output
-        changed = change(x)
-        if changed is None:
-            return output
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+    where = place(model, site)
 
-    handle = site_module(model, site).register_forward_hook(hook)
+    def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = change(arguments[0])
+        return None if changed is None else (changed, *arguments[1:])
+
+    def after(module: nn.Module, arguments: Any, output: Any) -> Any:
+        changed = change(main_tensor(output))
+        if changed is None or isinstance(output, Tensor):
+            return changed
+        return (changed, *output[1:])
+
+    handle = (
+        where.module.register_forward_pre_hook(before)
+        if where.is_input
+        else where.module.register_forward_hook(after)
+    )
     try:
         yield
     finally:
@@ -114,7 +92,7 @@ def site_hook(
 
 
 def read_sites(model: nn.Module, sites: Sequence[Site], contexts: Tensor) -> list[Tensor]:
-    """The sites' tensors, contexts x positions x d_model, in one pass over contexts that are full to the end."""
+    """The sites' tensors, contexts x positions x width, in one pass over contexts that are full to the end."""
     seen: list[list[Tensor]] = [[] for _ in sites]
     with ExitStack() as hooks, torch.inference_mode():
         for site, found in zip(sites, seen, strict=True):

@@ -1,8 +1,9 @@
-"""The commands on dictionaries: train one, evaluate one, label its features."""
+"""The commands on dictionaries: harvest for one, train one, evaluate one, label its features."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,96 @@ from steer_server.dictionary.files import CARD, StoredDictionary, check_model, l
 from steer_server.dictionary.site import Site
 from trainer import corpus, interpret
 from trainer.baselines import fit
+from trainer.buffer import Buffer
 from trainer.config import BASELINES, PASS_FIELDS, TrainConfig, digest, from_mapping
 from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
-from trainer.harvest import Activations, harvest
+from trainer.harvest import Activations, Reader, harvest
 from trainer.model import load_model, load_tokenizer, revision, shape_of
 from trainer.ranks import ALONE, Ranks
+from trainer.source import Source
 from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
 from trainer.train import train
 
 
 def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop, ranks: Ranks = ALONE) -> list[Card]:
-    """Harvest all sites in one pass, train a site's dictionaries in one pass, then evaluate, interpret and save each.
+    """Harvest all sites in one pass, train a site's dictionaries in one pass, then interpret, evaluate and save each.
+
+    With a buffer in the place of a harvest, the dictionaries of all sites train in one pass of the model.
 
     Each stage goes on where it was broken off. Intermediate files lie in `runs`, under names that stand for the
     settings they depend on. Dictionaries that are there already are left alone. Of several ranks, each returns the
     cards of what it saves.
     """
+    first = configs[0]
+    _check_pass(configs)
+    mine = ranks.saves(configs)
+    if all((Path(config.out) / CARD).exists() for config in configs):
+        return [_finished(config) for config in mine]
+    torch.set_num_threads(first.threads)
+    sources = _sources(configs, runs, stop, ranks)
+    if ranks.parallel == "members":
+        configs, ranks = mine, ALONE
+    made: dict[str, Dictionary] = {}
+    for source in sources:
+        here = [c for c in _of(source, configs) if c.architecture not in BASELINES]
+        if here:
+            folder = runs / f"training-{digest(here)}"
+            trained = train(here, source, folder, stop, ranks=ranks)
+            made |= zip([c.out for c in here], trained, strict=ranks.first)
+    load_once = cache(load_model)
+    for source in sources:
+        left = [c for c in _of(source, mine) if not (Path(c.out) / CARD).exists()]
+        # Where activations cost a run of the model, one run is for all.
+        at_once = len(left) if first.storage == "buffer" else 1
+        for start in range(0, len(left), max(1, at_once)):
+            some = [
+                (c, made.get(c.out) or fit(c, source, stop)) for c in left[start : start + at_once]
+            ]
+            _finish(some, source, load_once, stop)
+    return [_finished(config) for config in mine]
+
+
+def _sources(configs: Sequence[TrainConfig], runs: Path, stop: Stop, ranks: Ranks) -> list[Source]:
+    """The activations of all sites, together or one by one."""
+    first, folder = configs[0], harvest_folder(configs[0], runs)
+    if first.storage == "shards":
+        return list(harvest(first, _sites(configs), folder, stop, ranks=ranks).values())
+    if ranks.size > 1:
+        raise BadConfig('storage = "buffer" is for one process; several need storage = "shards"')
+    return [Buffer(first, Reader(first, _sites(configs), folder, stop), folder, stop)]
+
+
+def _of(source: Source, configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    return [config for config in configs if Site.parse(config.site) in source.sites]
+
+
+def harvest_only(
+    configs: Sequence[TrainConfig], runs: Path, stop: Stop, on_end: Callable[[int, float], None]
+) -> dict[Site, Activations]:
+    """The harvest that `run` begins with, for trainings to come; `on_end` as of `harvest`."""
+    first = configs[0]
+    _check_pass(configs)
+    if first.storage != "shards":
+        raise BadConfig(
+            f"storage is {first.storage!r}, which leaves no activations on disk; train at once, or harvest with "
+            "--set storage=shards"
+        )
+    torch.set_num_threads(first.threads)
+    return harvest(first, _sites(configs), harvest_folder(first, runs), stop, on_end)
+
+
+def harvest_folder(config: TrainConfig, runs: Path) -> Path:
+    """Where the activations lie that the configuration asks for."""
+    return runs / f"activations-{config.harvest_digest}"
+
+
+def _sites(configs: Sequence[TrainConfig]) -> list[Site]:
+    return sorted({Site.parse(config.site) for config in configs})
+
+
+def _check_pass(configs: Sequence[TrainConfig]) -> None:
     first = configs[0]
     if len({config.out for config in configs}) < len(configs):
         raise BadConfig("each dictionary of a pass needs an `out` of its own")
@@ -43,73 +116,75 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop, ranks: Ranks = A
         raise BadConfig(
             "dictionaries of one pass have their activations, batch and epochs in common"
         )
-    mine = ranks.saves(configs)
-    if all((Path(config.out) / CARD).exists() for config in configs):
-        return [_finished(config) for config in mine]
-    torch.set_num_threads(first.threads)
-    sites = sorted({Site.parse(config.site) for config in configs})
-    harvested = harvest(first, sites, runs / f"activations-{first.harvest_digest}", stop, ranks)
-    if ranks.parallel == "members":
-        configs, ranks = mine, ALONE
-    made: dict[str, Dictionary] = {}
-    for site, activations in harvested.items():
-        here = [c for c in configs if c.site == str(site) and c.architecture not in BASELINES]
-        if here:
-            folder = runs / f"training-{digest(here)}"
-            trained = train(here, activations, folder, stop, ranks=ranks)
-            made |= zip([c.out for c in here], trained, strict=ranks.first)
-    if not mine:
-        return []
-    model, tokenizer = load_model(first.model), load_tokenizer(first.model)
-    cards = []
-    for config in mine:
-        if (Path(config.out) / CARD).exists():
-            cards.append(_finished(config))
-            continue
-        activations = harvested[Site.parse(config.site)]
-        dictionary = made.get(config.out) or fit(config, activations, stop)
-        cards.append(_finish(config, dictionary, activations, model, tokenizer, stop))
-    return cards
 
 
 def _finish(
+    trained: Sequence[tuple[TrainConfig, Dictionary]],
+    source: Source,
+    load_model: Callable[[str], nn.Module],
+    stop: Stop,
+) -> None:
+    """Interprets, evaluates and saves trained dictionaries."""
+    first = trained[0][0]
+    tokenizer = load_tokenizer(first.model)
+    texts = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
+    # Measure what is stored.
+    dictionaries = [
+        (Site.parse(config.site), dictionary.to(torch.float16).to(torch.float32))
+        for config, dictionary in trained
+    ]
+    surveys = interpret.surveys(dictionaries, source, stop)
+    at = [(site, survey) for (site, _), survey in zip(dictionaries, surveys, strict=True)]
+    examples = interpret.examples(at, source, texts, stop)
+    source.close()
+    model = load_model(first.model)
+    for (config, _), (site, dictionary), survey, shown in zip(
+        trained, dictionaries, surveys, examples, strict=True
+    ):
+        quality = evaluate(
+            model,
+            site,
+            dictionary,
+            source.heldout,
+            config.skip_positions,
+            source.max_norms[site],
+            stop,
+        )
+        evidence = interpret.evidence(site, dictionary, shown, source.train, model, texts, stop)
+        card = _card(config, dictionary, quality, survey, source.max_norms[site], tokenizer)
+        save(Path(config.out), card, dictionary, survey.statistics(), evidence)
+
+
+def _card(
     config: TrainConfig,
     dictionary: Dictionary,
-    activations: Activations,
-    model: nn.Module,
+    quality: Quality,
+    survey: interpret.Survey,
+    max_norm: float,
     tokenizer: PreTrainedTokenizerBase,
-    stop: Stop,
 ) -> Card:
-    """Evaluates, interprets and saves one trained dictionary."""
-    out, site = Path(config.out), Site.parse(config.site)
-    dictionary = dictionary.to(torch.float16).to(torch.float32)  # measure what is stored
-    skip, max_norm = config.skip_positions, activations.max_norm
-    quality = evaluate(model, site, dictionary, activations.heldout, skip, max_norm, stop)
-    survey = interpret.survey(dictionary, activations, stop)
-    evidence = interpret.evidence(survey, activations, model, tokenizer, stop)
-    card = Card.of(
+    return Card.of(
         dictionary,
-        name=out.name,
+        name=Path(config.out).name,
         model=Model(
             Path(config.model).name if Path(config.model).is_dir() else config.model,
             revision(config.model),
             config_digest(shape_of(config.model)),
         ),
-        site=site,
+        site=Site.parse(config.site),
         architecture=config.architecture,
         dtype="float16",
         quality=quality,
         training={
             "config": asdict(config) | {"prefixes": list(config.prefixes)},
             "corpus": corpus.fingerprint(config.corpus),
-            "tokens": activations.count,
+            "tokens": survey.tokens,
             "special_tokens": SPECIAL_TOKENS,
             "separator": tokenizer.eos_token,
             "max_norm": max_norm,
             "code": {name: _version(name) for name in ("steer", "torch", "transformers")},
         },
     )
-    return save(out, card, dictionary, survey.statistics(), evidence)
 
 
 def evaluate_again(

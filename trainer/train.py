@@ -1,9 +1,8 @@
-"""Training: many dictionaries in one pass over the harvested activations, to be broken off and continued at any step."""
+"""Training: many dictionaries in one pass over the activations, to be broken off and continued at any step."""
 
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -12,25 +11,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steer_server.dictionary.dictionary import Dictionary
+from steer_server.dictionary.site import Site
 from trainer.architectures import Outcome
 from trainer.checkpoint import restore, save, whole_parameters
 from trainer.config import TrainConfig
-from trainer.errors import BadConfig, TrainerError
+from trainer.errors import BadConfig, Interrupted, TrainerError
 from trainer.files import whole_file
-from trainer.harvest import Activations
 from trainer.model import device
 from trainer.ranks import ALONE, Ranks
+from trainer.source import BySite, Source
 from trainer.stack import Stack, stacks
 from trainer.stop import Stop
 
 METRICS = "metrics.jsonl"
 CHECKPOINT_EVERY, METRICS_EVERY = 250, 50
-_SCALE_SHARDS = 16
 
 
 def train(
     configs: Sequence[TrainConfig],
-    activations: Activations,
+    source: Source,
     folder: Path,
     stop: Stop,
     on_step: Callable[[int], None] = lambda step: None,
@@ -45,14 +44,18 @@ def train(
     each finished step.
     """
     config = configs[0]
-    scale, mean = _scale_and_mean(activations, config.normalise_input)
-    per_epoch = activations.count // config.batch
-    if not per_epoch:
-        raise BadConfig(f"{activations.count} activations do not fill a batch of {config.batch}")
-    total = per_epoch * config.epochs
-    groups = [Stack(members, mean * scale, total, ranks) for members in stacks(configs)]
+    total = source.count // config.batch * config.epochs
+    if not total:
+        raise BadConfig(f"{source.count} activations do not fill a batch of {config.batch}")
+    scales = source.scale_and_mean(config.normalise_input)
+    members = stacks(configs)
+    sites = [Site.parse(those[0].site) for those in members]
+    groups = [
+        Stack(those, scales[site][1] * scales[site][0], total, ranks)
+        for site, those in zip(sites, members, strict=True)
+    ]
     step = restore(groups, folder, ranks)
-    order = epoch_order(config, activations.count, step // per_epoch)
+    batches = source.batches(config, step, ranks)
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.first:
         _forget_metrics(folder / METRICS, step)
@@ -62,13 +65,17 @@ def train(
         report.open("a", encoding="utf-8") as metrics,
     ):
         while step < total:
-            epoch, place = divmod(step, per_epoch)
-            if place == 0:
-                order = epoch_order(config, activations.count, epoch)
-            index = ranks.own_tokens(order[place * config.batch :][: config.batch])
-            x = _finite(activations.gather(index) * scale, step).to(device())
+            try:
+                x = _scaled(next(batches), scales, step)
+            except Interrupted:
+                # Of a source that works long for a batch.
+                if step:
+                    save(groups, step, folder, ranks)
+                raise
             with torch.no_grad():
-                outcomes = [group.advance(x) for group in groups]
+                outcomes = [
+                    group.advance(x[site]) for site, group in zip(sites, groups, strict=True)
+                ]
             dead = [group.dead_share() for group in groups]
             step += 1
             _show(bar, outcomes, dead)
@@ -85,34 +92,19 @@ def train(
     if not ranks.first:
         return []
     made: dict[int, Dictionary] = {}
-    for group, whole in zip(groups, whole_parameters(groups, folder, ranks), strict=True):
-        made |= zip(map(id, group.configs), group.dictionaries(scale, whole), strict=True)
+    wholes = whole_parameters(groups, folder, ranks)
+    for site, group, whole in zip(sites, groups, wholes, strict=True):
+        made |= zip(map(id, group.configs), group.dictionaries(scales[site][0], whole), strict=True)
     return [made[id(config)] for config in configs]
 
 
-def epoch_order(config: TrainConfig, count: int, epoch: int) -> Tensor:
-    """The random order of all activations in that epoch."""
-    generator = torch.Generator().manual_seed(config.data_seed + 1 + 1_000_003 * epoch)
-    return torch.randperm(count, generator=generator)
-
-
-def _finite(x: Tensor, step: int) -> Tensor:
-    if not x.isfinite().all():
+def _scaled(batch: BySite, scales: Mapping[Site, tuple[float, Tensor]], step: int) -> BySite:
+    scaled = {site: (x * scales[site][0]).to(device()) for site, x in batch.items()}
+    if not all(x.isfinite().all() for x in scaled.values()):
         raise TrainerError(
             f"an activation among those of step {step} is not finite; remove the harvest and run again"
         )
-    return x
-
-
-def _scale_and_mean(activations: Activations, normalise: bool) -> tuple[float, Tensor]:
-    """s with E|s x|^2 = d_model, or 1, and E x, over shards spread evenly through the harvest."""
-    stride = -(-len(activations.shards) // _SCALE_SHARDS)
-    chosen = activations.shards[::stride]
-    rows = sum(len(shard) for shard in chosen)
-    squares = sum(shard.double().square().sum().item() for shard in chosen)
-    mean = torch.stack([shard.double().sum(dim=0) for shard in chosen]).sum(dim=0) / rows
-    scale = math.sqrt(activations.d_model * rows / squares) if normalise else 1.0
-    return scale, mean.float()
+    return scaled
 
 
 def _show(bar: tqdm, outcomes: Sequence[Outcome], dead: Sequence[Tensor]) -> None:

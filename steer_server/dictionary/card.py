@@ -94,6 +94,7 @@ class Card:
     model: Model
     site: Site
     d_model: int
+    """Width of x, which at an inner site is not that of the model."""
     n_features: int
     architecture: str
     """`tied_relu` (the paper's), `relu`, `jump_relu`, `gated`, `top_k`, `batch_top_k`, `matryoshka` or `directions`.

@@ -22,6 +22,7 @@ from torch import Tensor
 from steer_server.dictionary.card import Card, SelfTest, config_digest
 from steer_server.dictionary.dictionary import Activation, Dictionary
 from steer_server.dictionary.features import Evidence, FeatureStatistics
+from steer_server.dictionary.site import SERVED
 from steer_server.errors import CorruptDictionary, DictionaryMismatch
 
 CARD, WEIGHTS, STATISTICS, EVIDENCE = (
@@ -113,7 +114,7 @@ def check_model(card: Card, model_config: Mapping[str, Any]) -> None:
         raise DictionaryMismatch(
             "the model's configuration names no hidden_size or no num_hidden_layers"
         )
-    if card.d_model != hidden:
+    if not card.site.inner and card.d_model != hidden:
         raise DictionaryMismatch(
             f"dictionary {card.name!r} has d_model {card.d_model}, the model {hidden}"
         )
@@ -125,6 +126,15 @@ def check_model(card: Card, model_config: Mapping[str, Any]) -> None:
         raise DictionaryMismatch(
             f"dictionary {card.name!r} was trained on {card.model.id!r}, "
             "whose configuration is not that of this model"
+        )
+
+
+def check_served(card: Card) -> None:
+    """The card's site is one that vLLM exposes; DictionaryMismatch otherwise."""
+    if card.site.inner:
+        raise DictionaryMismatch(
+            f"dictionary {card.name!r} was trained at {card.site}, which vLLM does not expose; served sites are "
+            f"{', '.join(SERVED[:-1])} and {SERVED[-1]} of any layer"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from steer_server.dictionary.site import Site
+from steer_server.dictionary.site import SERVED, Site
 from steer_server.errors import UnsupportedVllm
 from steer_server.vllm_plugin.probe import LoadedModel, Place, is_attention, main_tensor, understand
 
@@ -27,6 +27,8 @@ def attach(
     layers = decoder_layers(model, n_layers)
     places = []
     for number, site in enumerate(sites):
+        if site.inner:
+            raise UnsupportedVllm(f"site {site}: vLLM exposes {', '.join(SERVED)} only")
         if site.layer >= n_layers:
             raise UnsupportedVllm(f"site {site}: the model has layers 0..{n_layers - 1}")
         if not _elsewhere(layers[site.layer]):

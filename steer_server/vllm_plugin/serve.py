@@ -14,7 +14,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 
 from steer_server import __version__
 from steer_server.dictionary.card import model_shape
-from steer_server.dictionary.files import check_model, load
+from steer_server.dictionary.files import check_model, check_served, load
 from steer_server.errors import InvalidRequest, SteerError, UnsupportedVllm
 from steer_server.generation import ActivationRows
 from steer_server.vllm_plugin import KEY, WORKERS
@@ -43,6 +43,8 @@ def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str
         _attach_to_next(_refuse_programs)
         return config
     stored = {name: load(Path(folder)) for name, folder in folders.items()}
+    for entry in stored.values():
+        check_served(entry.card)
     sites = sorted({entry.card.site for entry in stored.values()})
     slots = int(os.environ.get(SLOTS, DEFAULT_SLOTS))
     worker = WORKERS.get(current_platform.device_type)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,15 @@ from steer.v1 import steering_pb2
 from steer_client import CallFailed, SteerClient
 from steer_server.__main__ import _until_signal, load_registry, resolve_watch, serve
 from steer_server.config import DictionarySource, ServerConfig, parser, resolve
+from steer_server.dictionary.files import save
 from steer_server.dictionary.site import Site
-from steer_server.errors import DictionaryNotFound, EditNotApplied, EngineUnavailable, InvalidConfig
+from steer_server.errors import (
+    DictionaryMismatch,
+    DictionaryNotFound,
+    EditNotApplied,
+    EngineUnavailable,
+    InvalidConfig,
+)
 from steer_server.registry import Registry
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import D_MODEL, NAME, NEVER_FIRED, serving, small_dictionary
@@ -105,6 +113,7 @@ def test_a_table_of_dictionaries_names_them(tmp_path: Path):
         (["--max-model-len", "1"], "max_model_len", r"2\.\."),
         (["--dtype", "int4"], "dtype", "'int4'.*bfloat16"),
         (["--site", "nowhere.1"], "sites", "resid_post"),
+        (["--site", "mlp_act.3"], "sites", "not expose mlp_act.3; served sites are resid_post"),
         (["--watch", "a"], "watch", "DICTIONARY:FEATURE"),
         (["--watch", "a:1", "--watch", "a:1"], "watch", "twice"),
         ([f"--watch=a:{i}" for i in range(101)], "watch", "101.*100"),
@@ -169,6 +178,21 @@ def test_dictionaries_are_loaded_under_the_name_given_or_their_cards():
 
     assert registry.names == ["other", NAME]
     assert registry.get("other").sha256 == small_dictionary().sha256
+
+
+@pytest.mark.parametrize("stream", ["attn_z", "mlp_act"])
+def test_a_dictionary_of_a_site_that_vllm_does_not_expose_is_refused(stream: str, tmp_path: Path):
+    stored = small_dictionary()
+    card = replace(stored.card, site=Site.parse(f"{stream}.3"))
+    save(tmp_path / "d", card, stored.dictionary, stored.statistics)
+
+    with pytest.raises(DictionaryMismatch) as caught:
+        load_registry(ServerConfig("m", (DictionarySource(tmp_path / "d", "x"),)))
+
+    assert str(caught.value) == (
+        f"dictionary '{NAME}' was trained at {stream}.3, which vLLM does not expose; "
+        "served sites are resid_post, mlp_out and attn_out of any layer"
+    )
 
 
 @pytest.mark.parametrize("name", ["", "A", "-a", "a/b", "a" * 65, "a\n"])

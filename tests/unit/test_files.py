@@ -182,3 +182,16 @@ def test_a_shape_is_read_under_its_standard_names_whatever_the_config_calls_them
 def test_a_dictionary_of_another_model_is_refused(folder: Path, change, reason: str) -> None:
     with pytest.raises(DictionaryMismatch, match=reason):
         files.load(folder, CONFIG | change)
+
+
+def test_a_dictionary_inside_a_sublayer_has_a_width_of_its_own(folder: Path) -> None:
+    card = replace(files.load(folder).card, site=Site("mlp_act", 2))
+
+    files.check_model(card, CONFIG)
+
+    with pytest.raises(DictionaryMismatch, match="not that of this model"):
+        files.check_model(card, CONFIG | {"hidden_size": 16})
+    with pytest.raises(
+        DictionaryMismatch, match=r"trained at mlp_act\.2, which vLLM does not expose"
+    ):
+        files.check_served(card)

@@ -332,6 +332,8 @@ class BareAttention(LikeGpt2):
         (OpenLayer, "mlp_out.1", "found none among self_attn, mlp, fc1, fc2"),
         (TwoMlps, "mlp_out.1", "found mlp, shared_mlp"),
         (BareAttention, "attn_out.1", "found none"),
+        (Layer, "mlp_act.1", "vLLM exposes resid_post, mlp_out, attn_out only"),
+        (Layer, "attn_z.1", "vLLM exposes resid_post, mlp_out, attn_out only"),
         (Layer, "resid_post.3", r"layers 0\.\.2"),
         (lambda index: Layer(index + 1), "resid_post.1", "number 0 calls its attention .*layers.1"),
     ],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steer_server.dictionary.files import load
+from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import tiny_config, write_model
 from trainer.baselines import fit
 from trainer.config import TrainConfig
@@ -33,9 +34,11 @@ def x() -> Tensor:
 
 
 def activations(x: Tensor) -> Activations:
-    shards = [x[:200], x[200:]]
-    nothing = torch.zeros(0)
-    return Activations(shards, [nothing, nothing], nothing, nothing, float("inf"))
+    """Contexts of ten."""
+    contexts = torch.zeros(len(x) // 10, 10, dtype=torch.int32)
+    shards, rows = [x[:200], x[200:]], [torch.arange(200), torch.arange(200, len(x))]
+    site = Site.parse("resid_post.1")
+    return Activations(shards, rows, contexts, contexts, float("inf"), site)
 
 
 def unexplained(x: Tensor, x_hat: Tensor) -> float:

@@ -8,6 +8,7 @@ from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import QUANTILES, Example
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import write_model
+from trainer.errors import BadConfig
 from trainer.evaluate import describe, evaluate
 from trainer.interpret import Survey, _varied, logit_effects
 from trainer.model import load_model, read_sites, site_hook
@@ -165,6 +166,67 @@ def test_logit_effects_are_those_of_the_norm_and_the_head(model: torch.nn.Module
     inner = model.get_submodule("model.norm").get_parameter("weight")
     head = model.get_submodule("lm_head").get_parameter("weight")
 
-    effects = logit_effects(model, direction)
+    effects = logit_effects(model, SITE, direction)
 
     torch.testing.assert_close(effects, (direction / rms * inner) @ head.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logit_effects_inside_a_sublayer_go_through_its_projection(
+    model: torch.nn.Module, bias: bool
+) -> None:
+    projection = model.get_submodule("model.layers.1.mlp.down_proj")
+    direction = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    written = direction @ projection.get_parameter("weight").T
+    if bias:
+        projection.bias = torch.nn.Parameter(torch.randn(16), requires_grad=False)
+
+    effects = logit_effects(model, Site.parse("mlp_act.1"), direction)
+    projection.bias = None
+
+    assert effects.shape == (2, 20)
+    torch.testing.assert_close(effects, logit_effects(model, SITE, written))
+
+
+@pytest.mark.parametrize(("site", "width"), [("mlp_act.1", 32), ("attn_z.1", 16)])
+def test_inside_a_sublayer_the_projections_input_is_replaced(
+    model: torch.nn.Module, contexts: Tensor, site: str, width: int
+) -> None:
+    child = "mlp.down_proj" if width == 32 else "self_attn.o_proj"
+    projection = model.get_submodule(f"model.layers.1.{child}")
+    whole = Dictionary.tied(
+        torch.cat([torch.eye(width), -torch.eye(width)]), torch.zeros(2 * width)
+    )
+    silent = Dictionary.tied(torch.eye(width), torch.full((width,), -1e9))
+
+    def zero(_module: object, args: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = args
+        return (torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], dim=1),)
+
+    def loss() -> float:
+        with torch.inference_mode():
+            logits = model(input_ids=contexts).logits[:, 1:-1]
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), contexts[:, 2:].flatten()
+        ).item()
+
+    plain = loss()
+    handle = projection.register_forward_pre_hook(zero)
+    zeroed = loss()
+    handle.remove()
+    perfect = evaluate(model, Site.parse(site), whole, contexts, 1, float("inf"), Stop())
+    empty = evaluate(model, Site.parse(site), silent, contexts, 1, float("inf"), Stop())
+
+    assert zeroed != pytest.approx(plain, abs=1e-3)
+    assert perfect.delta_ce == pytest.approx(0.0, abs=1e-6)
+    assert perfect.fvu == pytest.approx(0.0, abs=1e-9)
+    assert empty.delta_ce == pytest.approx(zeroed - plain, abs=1e-5)
+
+
+def test_a_dictionary_of_another_width_than_its_sites_is_refused(
+    model: torch.nn.Module, contexts: Tensor
+) -> None:
+    site = Site.parse("mlp_act.1")
+
+    with pytest.raises(BadConfig, match=r"x of width 16, that at mlp_act\.1 has 32"):
+        evaluate(model, site, identity(), contexts, 1, float("inf"), Stop())

@@ -306,6 +306,65 @@ def test_a_signal_ends_the_command_with_130_and_a_way_to_go_on(
     assert list((tmp_path / "runs").glob("training-*/" + CHECKPOINT))
 
 
+def write_toml(config: TrainConfig, path: Path) -> Path:
+    """A batch_top_k dictionary at two sites."""
+    lines = [f"{key} = {json.dumps(getattr(config, key))}" for key in ("model", "out", "context")]
+    lines += ['site = ["resid_post.1", "mlp_act.1"]', "tokens = 4096", "eval_tokens = 256"]
+    lines += ["n_features = 24", "k = 4", "batch = 64", "threads = 1", "holdout_every = 10"]
+    lines += ["[corpus]", f"{json.dumps(next(iter(config.corpus)))} = 1.0"]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_harvest_made_by_its_own_command_is_what_training_takes(
+    config: TrainConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    toml = write_toml(config, tmp_path / "c.toml")
+    command = [str(toml), "--runs", str(tmp_path / "runs")]
+
+    assert main(["harvest", *command]) == 0
+    first, *sites = capsys.readouterr().out.splitlines()
+    assert main(["harvest", *command]) == 0
+    again = capsys.readouterr().out.splitlines()[0]
+    monkeypatch.setattr("trainer.harvest.read_sites", pytest.fail)
+    assert main(["train", *command]) == 0
+
+    (folder,) = (tmp_path / "runs").glob("activations-*")
+    assert first.startswith(f"{folder}: 4,096 tokens in ")
+    assert first.endswith(" tokens/s")
+    assert [line.split()[0] for line in sites] == ["mlp_act.1", "resid_post.1"]
+    assert "activations of width 32, float16" in sites[0]
+    assert again == f"{folder}: complete, nothing to do"
+    assert len(list(Path(config.out).glob("*/dictionary.json"))) == 2
+
+
+def test_a_harvest_broken_off_by_a_signal_says_so_and_goes_on(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toml = write_toml(config, tmp_path / "c.toml")
+
+    signals = iter([signal.SIGINT])
+
+    def interrupted(model, sites, contexts):
+        for number in signals:
+            os.kill(os.getpid(), number)
+        return read_sites(model, sites, contexts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.harvest.read_sites", interrupted)
+        code = main(["harvest", str(toml), "--runs", str(tmp_path / "runs")])
+    said = capsys.readouterr().err
+    whole = main(["harvest", str(toml), "--runs", str(tmp_path / "runs")])
+
+    assert code == 130
+    assert "the harvest has every shard before shard-00000.safetensors" in said
+    assert whole == 0
+    assert capsys.readouterr().out.count(" GB; ") == 2
+
+
 def test_a_configuration_error_is_one_line_and_exit_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,3 +449,23 @@ def test_a_sweep_over_sites_trains_each_sites_dictionaries_on_its_own_activation
 
     assert [str(card.site) for card in cards] == ["resid_post.1", "mlp_out.2"]
     assert cards[1].sha256 == alone.sha256
+
+
+def test_dictionaries_inside_sublayers_are_trained_measured_and_interpreted(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """The MLP of the tiny model is twice as wide as the model."""
+    configs = [
+        replace(config, site=site, out=str(tmp_path / site), epochs=1)
+        for site in ("attn_z.2", "mlp_act.2")
+    ]
+
+    cards = run(configs, tmp_path / "runs", Stop())
+
+    assert [card.d_model for card in cards] == [16, 32]
+    for card, one in zip(cards, configs, strict=True):
+        assert card.quality == evaluate_again(Path(one.out), None, [], None, Stop())
+        assert card.quality is not None
+        assert card.quality.fvu < 1
+        evidence = load(Path(one.out)).evidence
+        assert all(entry.logits_up[0][1] > 0 for entry in evidence.values())
