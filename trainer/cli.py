@@ -16,9 +16,7 @@ Every command can be broken off with Ctrl-C and started again; it goes on where 
 """
 
 _TRAIN = """Harvests activations, trains a dictionary, measures it on held-out text, finds each feature's
-examples and logit effects, and writes the folder `out`. The paper's dictionary (arXiv 2309.08600) is
-
-    architecture = "tied_relu", loss_reduction = "mean", lr = 1e-3, warmup = 0, decay = 0, clip = 0
+examples and logit effects, and writes the folder `out`. `preset = "paper"` trains arXiv 2309.08600 to the letter.
 
 A list in the place of site, architecture, n_features, k, alpha, lr or seed asks for a dictionary of each;
 all of them train in one pass over the activations, and `out` becomes the folder that holds them:
@@ -128,7 +126,11 @@ def parser() -> argparse.ArgumentParser:
 def _fields() -> str:
     """The configuration's keys with their docstrings, which only the source has."""
     import ast
+    import json
+    import textwrap
     from itertools import pairwise
+
+    from trainer.config import PRESETS
 
     source = (Path(__file__).parent / "config.py").read_text(encoding="utf-8")
     (body,) = (
@@ -136,7 +138,13 @@ def _fields() -> str:
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef) and node.name == "TrainConfig"
     )
-    lines = ["keys of the configuration:"]
+    paper = ", ".join(f"{key} = {json.dumps(value)}" for key, value in PRESETS["paper"].items())
+    about = f"What a key is that the file does not name: as below, or of arXiv 2309.08600, {paper}"
+    lines = [
+        "keys of the configuration:",
+        '  preset = "modern"',
+        textwrap.fill(about, 110, initial_indent=" " * 6, subsequent_indent=" " * 6),
+    ]
     for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             default = f" = {ast.unparse(field.value)}" if field.value else ""

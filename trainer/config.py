@@ -51,6 +51,30 @@ Architecture = Literal[
 BASELINES = ("pca", "random", "basis")
 """Directions that are not trained."""
 _BY_K = ("batch_top_k", "top_k", "matryoshka")
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "modern": {},
+    "paper": {
+        "architecture": "tied_relu",
+        "loss_reduction": "mean",
+        "alpha": 8.6e-4,
+        "normalise_input": False,
+        "batch": 256,
+        "lr": 1e-3,
+        "warmup": 0,
+        "decay": 0.0,
+        "clip": 0.0,
+        "aux_k": -1,
+        "context": 256,
+        "skip_positions": 0,
+        "max_norm_ratio": 0.0,
+        "activation_dtype": "float16",
+    },
+}
+"""Values of keys that a file does not name, by its `preset`; "modern" are the defaults of `TrainConfig`.
+
+"paper" is arXiv 2309.08600 as its code runs it (`basic_l1_sweep`; its large sweeps have batches of 2048). The alpha is
+that of its residual-stream dictionaries with n_features = 2 d_model.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +130,7 @@ class TrainConfig:
     skip_positions: int = 1
     """Positions left out at the start of each context; position 0 is an attention sink."""
     max_norm_ratio: float = 10.0
-    """Activations longer than this many medians are left out: attention sinks at other positions."""
+    """Activations longer than this many medians are left out: attention sinks at other positions. 0: none are."""
     activation_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the activations on disk; a value that overflows stops the harvest."""
     holdout_every: int = 20
@@ -127,10 +151,11 @@ class TrainConfig:
         except InvalidRequest as error:
             raise BadConfig(str(error)) from error
         positive = ("tokens", "n_features", "epochs", "batch", "eval_tokens", "threads")
-        for name in (*positive, "max_norm_ratio", "holdout_every", "bandwidth", "dead_after"):
+        for name in (*positive, "holdout_every", "bandwidth", "dead_after"):
             if not getattr(self, name) > 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must be above 0")
-        for name in ("alpha", "skip_positions", "lr", "warmup", "decay", "sparsity_warmup", "clip"):
+        schedule = ("lr", "warmup", "decay", "sparsity_warmup", "clip")
+        for name in ("alpha", "skip_positions", "max_norm_ratio", *schedule):
             if not getattr(self, name) >= 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must not be negative")
         if self.context < self.skip_positions + 2:
@@ -213,12 +238,16 @@ def expand(content: Mapping[str, Any]) -> list[TrainConfig]:
 
 def from_mapping(content: Mapping[str, Any]) -> TrainConfig:
     """As written in a file or in a dictionary's card; BadConfig names every wrong key."""
-    known = [field.name for field in fields(TrainConfig)]
+    known = [field.name for field in fields(TrainConfig)] + ["preset"]
     unknown = sorted(set(content) - set(known))
     if unknown:
         raise BadConfig(f"unknown keys: {', '.join(unknown)}; known are {', '.join(known)}")
+    preset = content.get("preset", "modern")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise BadConfig(f"preset is {preset!r}; allowed are {', '.join(PRESETS)}")
+    own = {key: value for key, value in content.items() if key != "preset"}
     try:
-        return TrainConfig(**content)
+        return TrainConfig(**{**PRESETS[preset], **own})
     except TypeError as error:
         raise BadConfig(str(error).replace("TrainConfig.__init__() ", "")) from error
 

@@ -125,14 +125,15 @@ def _max_norm(folder: Path, site: Site) -> float:
 def _find_max_norms(
     config: TrainConfig, folder: Path, model: nn.Module, sites: Sequence[Site], contexts: Tensor
 ) -> None:
-    """`max_norm_ratio` medians of |x| over the first contexts, found once per site."""
+    """`max_norm_ratio` medians of |x| over the first contexts, or what no float32 exceeds; found once per site."""
     new = [site for site in sites if not (folder / str(site) / META).exists()]
     if not new:
         return
     found = read_sites(model, new, contexts[:FORWARD_CONTEXTS])
     for site, x in zip(new, found, strict=True):
         median = x[:, config.skip_positions :].float().norm(dim=-1).median().item()
-        content = {"max_norm": median * config.max_norm_ratio, "site": str(site)}
+        bound = median * config.max_norm_ratio or torch.finfo(torch.float32).max
+        content = {"max_norm": bound, "site": str(site)}
         write_json(folder / str(site) / META, content | {"model": config.model})
 
 

@@ -150,6 +150,21 @@ def test_no_row_of_position_0_is_harvested_and_each_row_knows_its_place(
     torch.testing.assert_close(activations.shards[0][40], x[0, position], rtol=1e-5, atol=1e-6)
 
 
+def test_without_a_norm_ratio_and_skipped_positions_every_activation_is_harvested_and_measured(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    every = replace(config, max_norm_ratio=0.0, skip_positions=0, epochs=1)
+
+    (card,) = run([every], tmp_path / "runs", Stop())
+
+    activations = harvested(
+        every, tmp_path / "runs" / f"activations-{every.harvest_digest}", Stop()
+    )
+    assert activations.count == activations.train.numel()
+    assert card.quality is not None
+    assert card.quality.tokens == activations.heldout.numel()
+
+
 def test_gather_reads_rows_of_any_shard_in_the_order_asked(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
