@@ -45,10 +45,12 @@ Architecture = Literal[
     "relu",
     "tied_relu",
     "pca",
+    "ica",
     "random",
     "basis",
+    "diff_mean",
 ]
-BASELINES = ("pca", "random", "basis")
+BASELINES = ("pca", "ica", "random", "basis", "diff_mean")
 """Directions that are not trained."""
 _BY_K = ("batch_top_k", "top_k", "matryoshka")
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -94,9 +96,9 @@ class TrainConfig:
     n_features: int
     """Rows of the dictionary."""
     architecture: Architecture = "batch_top_k"
-    """`tied_relu` is the paper's dictionary, `relu` the same untied; pca, random and basis are directions to compare with."""
+    """`tied_relu` is the paper's dictionary, `relu` the same untied; those from pca on are directions to compare with."""
     k: int = 0
-    """Active features per token: of batch_top_k, top_k and matryoshka, and if not 0 of pca, random and basis."""
+    """Active features per token: of batch_top_k, top_k and matryoshka, and if not 0 of the directions."""
     alpha: float = 0.0
     """Weight of the sparsity term: L1, or L0 for jump_relu. With `loss_reduction = "mean"` in the unit of the paper's."""
     loss_reduction: Literal["mean", "sum"] = "sum"
@@ -125,6 +127,8 @@ class TrainConfig:
     """Of the kernel that gives jump_relu's thresholds a gradient; along random directions, scaled activations vary by 1."""
     prefixes: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5)
     """Shares of the features that reconstruct on their own in a matryoshka."""
+    ica_rows: int = 100_000
+    """Activations that ica is fitted to, drawn at random; each takes 24 bytes of memory per coordinate."""
     context: int = 256
     """Tokens per context; documents are joined by the end-of-sequence token and cut."""
     skip_positions: int = 1
@@ -150,7 +154,7 @@ class TrainConfig:
             Site.parse(self.site)
         except InvalidRequest as error:
             raise BadConfig(str(error)) from error
-        positive = ("tokens", "n_features", "epochs", "batch", "eval_tokens", "threads")
+        positive = ("tokens", "n_features", "epochs", "batch", "eval_tokens", "threads", "ica_rows")
         for name in (*positive, "holdout_every", "bandwidth", "dead_after"):
             if not getattr(self, name) > 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must be above 0")

@@ -17,7 +17,7 @@ from steer_server.dictionary.features import Evidence
 from steer_server.dictionary.files import CARD, StoredDictionary, check_model, load, save
 from steer_server.dictionary.site import Site
 from trainer import corpus, interpret
-from trainer.baselines import fit
+from trainer.baselines import fit, names
 from trainer.config import BASELINES, PASS_FIELDS, TrainConfig, digest, from_mapping
 from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
@@ -89,6 +89,7 @@ def _finish(
     quality = evaluate(model, site, dictionary, activations.heldout, skip, max_norm, stop)
     survey = interpret.survey(dictionary, activations, stop)
     evidence = interpret.evidence(survey, activations, model, tokenizer, stop)
+    evidence = _labelled(evidence, names(config, activations, stop))
     card = Card.of(
         dictionary,
         name=out.name,
@@ -112,6 +113,10 @@ def _finish(
         },
     )
     return save(out, card, dictionary, survey.statistics(), evidence)
+
+
+def _labelled(evidence: Sequence[Evidence], names: Sequence[str]) -> list[Evidence]:
+    return [replace(e, label=names[e.feature]) if names else e for e in evidence]
 
 
 def evaluate_again(
