@@ -95,6 +95,16 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--runs", type=Path, default=Path("runs"), help="folder for intermediate files"
     )
+    train.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="write event files too (needs tensorboard)"
+    )
+    train.add_argument(
+        "--textfile",
+        type=Path,
+        metavar="FILE.prom",
+        help="keep gauges for node_exporter's textfile collector in it: steer_training_step, _steps, "
+        "_tokens_per_second, and of each dictionary _loss, _l0, _fvu, _dead_share",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure a dictionary on held-out text")
@@ -172,11 +182,14 @@ def _train(options: argparse.Namespace) -> None:
 
     configs = load(options.config, options.overrides)
     from trainer.evaluate import describe
+    from trainer.progress import Watchers
     from trainer.run import run
     from trainer.stop import Stop
 
+    watchers = Watchers(options.tensorboard, options.textfile)
+    watchers.check()
     with Stop() as stop:
-        cards = run(configs, options.runs, stop)
+        cards = run(configs, options.runs, stop, watchers)
     for config, card in zip(configs, cards, strict=True):
         assert card.quality is not None
         print(f"{config.out}: {card.n_features} features at {card.site}, sha256 {card.sha256}")

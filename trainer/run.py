@@ -23,12 +23,15 @@ from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
 from trainer.harvest import Activations, harvest
 from trainer.model import load_model, load_tokenizer, revision, shape_of
+from trainer.progress import NOBODY, Watchers
 from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
 from trainer.train import train
 
 
-def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
+def run(
+    configs: Sequence[TrainConfig], runs: Path, stop: Stop, watchers: Watchers = NOBODY
+) -> list[Card]:
     """Harvest all sites in one pass, train a site's dictionaries in one pass, then evaluate, interpret and save each.
 
     Each stage goes on where it was broken off. Intermediate files lie in `runs`, under names that stand for the
@@ -50,7 +53,9 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
     for site, activations in harvested.items():
         here = [config for config in configs if config.site == str(site)]
         folder = runs / f"training-{digest(here)}"
-        made |= zip([c.out for c in here], _make(here, activations, folder, stop), strict=True)
+        made |= zip(
+            [c.out for c in here], _make(here, activations, folder, stop, watchers), strict=True
+        )
     model, tokenizer = load_model(first.model), load_tokenizer(first.model)
     return [
         _finished(config)
@@ -63,11 +68,15 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop) -> list[Card]:
 
 
 def _make(
-    configs: Sequence[TrainConfig], activations: Activations, folder: Path, stop: Stop
+    configs: Sequence[TrainConfig],
+    activations: Activations,
+    folder: Path,
+    stop: Stop,
+    watchers: Watchers,
 ) -> list[Dictionary]:
     """The dictionaries of one site: baselines are fitted, all others trained together."""
     trained = [config for config in configs if config.architecture not in BASELINES]
-    made = iter(train(trained, activations, folder, stop) if trained else ())
+    made = iter(train(trained, activations, folder, stop, watchers=watchers) if trained else ())
     return [
         fit(config, activations, stop) if config.architecture in BASELINES else next(made)
         for config in configs

@@ -117,6 +117,10 @@ class Stack:
         self.step += 1
         return outcome
 
+    def dead_share(self) -> Tensor:
+        """Of each member's features."""
+        return (self.quiet >= self.configs[0].dead_after).float().mean(dim=1)
+
     def dictionaries(self, scale: float) -> list[Dictionary]:
         """By member; x was multiplied by `scale` before training."""
         # The running mean began at 0.

@@ -1,6 +1,5 @@
 """Training: many dictionaries in one pass over the harvested activations, to be broken off and continued at any step."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,20 +8,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from steer_server.dictionary.dictionary import Dictionary
-from trainer.architectures import Outcome
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig, TrainerError
 from trainer.files import whole_file
 from trainer.harvest import Activations
 from trainer.model import device
+from trainer.progress import NOBODY, Progress, Watchers
 from trainer.stack import Stack, stacks
 from trainer.stop import Stop
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
-CHECKPOINT_EVERY, METRICS_EVERY = 250, 50
+CHECKPOINT_EVERY = 250
 _SCALE_SHARDS = 16
 
 
@@ -32,6 +30,7 @@ def train(
     folder: Path,
     stop: Stop,
     on_step: Callable[[int], None] = lambda step: None,
+    watchers: Watchers = NOBODY,
 ) -> list[Dictionary]:
     """The dictionaries after `epochs`, in the order of `configs`, going on from the checkpoint in `folder` if there is one.
 
@@ -48,11 +47,8 @@ def train(
     step = _restore(groups, path) if path.exists() else 0
     order = epoch_order(config, activations.count, step // per_epoch)
     folder.mkdir(parents=True, exist_ok=True)
-    _forget_metrics(folder / METRICS, step)
-    with (
-        tqdm(desc="train", total=total, initial=step, unit=" steps") as bar,
-        (folder / METRICS).open("a", encoding="utf-8") as metrics,
-    ):
+    members = [config for group in groups for config in group.configs]
+    with Progress(members, folder / METRICS, step, total, watchers) as progress:
         while step < total:
             epoch, place = divmod(step, per_epoch)
             if place == 0:
@@ -66,9 +62,7 @@ def train(
             with torch.no_grad():
                 outcomes = [group.advance(x) for group in groups]
             step += 1
-            _show(bar, groups, outcomes)
-            if step % METRICS_EVERY == 0 or step == total:
-                _write_metrics(metrics, step, groups, outcomes)
+            progress.update(step, outcomes, [group.dead_share() for group in groups])
             on_step(step)
             if stop.requested or step % CHECKPOINT_EVERY == 0 or step == total:
                 _save(groups, step, path)
@@ -95,50 +89,6 @@ def _scale_and_mean(activations: Activations, normalise: bool) -> tuple[float, T
     mean = torch.stack([shard.double().sum(dim=0) for shard in chosen]).sum(dim=0) / rows
     scale = math.sqrt(activations.d_model * rows / squares) if normalise else 1.0
     return scale, mean.float()
-
-
-def _show(bar: tqdm, groups: Sequence[Stack], outcomes: Sequence[Outcome]) -> None:
-    """The range over all dictionaries."""
-    shares = [(group.quiet >= group.configs[0].dead_after).float().mean(dim=1) for group in groups]
-    columns = {
-        "L0": torch.cat([outcome.l0 for outcome in outcomes]),
-        "FVU": torch.cat([outcome.fvu for outcome in outcomes]),
-        "dead": torch.cat(shares),
-    }
-    bar.update()
-    shown = {name: _range(values) for name, values in columns.items()}
-    bar.set_postfix(shown, refresh=False)
-
-
-def _range(values: Tensor) -> str:
-    least, most = f"{values.min():.3g}", f"{values.max():.3g}"
-    return least if least == most else f"{least}..{most}"
-
-
-def _write_metrics(file, step: int, groups: Sequence[Stack], outcomes: Sequence[Outcome]) -> None:
-    for group, outcome in zip(groups, outcomes, strict=True):
-        dead = (group.quiet >= group.configs[0].dead_after).float().mean(dim=1)
-        for member, config in enumerate(group.configs):
-            line = {
-                "step": step,
-                "out": config.out,
-                "loss": outcome.loss[member].item(),
-                "l0": outcome.l0[member].item(),
-                "fvu": outcome.fvu[member].item(),
-                "dead_share": dead[member].item(),
-            }
-            file.write(json.dumps(line) + "\n")
-    file.flush()
-
-
-def _forget_metrics(path: Path, step: int) -> None:
-    """Takes out what was written after the checkpoint, for it will come again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A killed process may have left half a line.
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with whole_file(path) as fresh:
-            fresh.write_text("".join(whole), encoding="utf-8")
 
 
 def _save(groups: Sequence[Stack], step: int, path: Path) -> None:
