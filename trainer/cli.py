@@ -38,6 +38,18 @@ _COMPARE = """Prints a table of their quality as it was measured on held-out tex
 """
 
 
+_PROBE = """Fits a logistic regression on the k features that tell a class of words best, and measures it on documents that no
+dictionary was trained on. The classes are those of a corpus with `words`, `tags` and `starts` beside `text`, such as
+corpora/brown.jsonl: the first two letters of a part-of-speech tag, NN for all of nn, nns, nn$. A word's tag is on the
+token that ends the word; tokens that end several words and tokens without a tag are left out. Each class is told from
+all other tagged tokens, with the threshold that has the best F1 on the training tokens.
+
+    coordinates           the same with the k best coordinates of the stream itself
+    all coordinates       a logistic regression on the whole vector
+    difference of means   the direction from the mean of all others to the class's
+"""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 done, 1 an error told on stderr, 130 interrupted and resumable."""
     options = parser().parse_args(arguments)
@@ -125,6 +137,23 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("dictionaries", type=Path, nargs="+", help="folders of dictionaries")
     compare.add_argument("--out", type=Path, help="folder for the report and its plots")
     compare.set_defaults(run=_compare)
+
+    probe = commands.add_parser(
+        "probe",
+        help="how well a few features tell classes of words",
+        description=_PROBE,
+        formatter_class=raw,
+    )
+    probe.add_argument("dictionaries", type=Path, nargs="+", help="folders of dictionaries")
+    probe.add_argument(
+        "--corpus", action="append", default=[], help="default: the first's own, if it has tags"
+    )
+    probe.add_argument("--tags", type=_names, default=[], help="such as NN,VB; default: all")
+    probe.add_argument("--k", type=_numbers, default=[1, 2, 5, 16], help="default: 1,2,5,16")
+    probe.add_argument("--train-tokens", type=int, default=100_000, help="default: 100000")
+    probe.add_argument("--test-tokens", type=int, default=30_000, help="default: 30000")
+    probe.add_argument("--json", type=Path, help="file for all figures")
+    probe.set_defaults(run=_probe)
 
     label = commands.add_parser("label", help="merge labels of features into a dictionary")
     label.add_argument("dictionary", type=Path, help="folder of the dictionary")
@@ -217,6 +246,33 @@ def _compare(options: argparse.Namespace) -> None:
     if options.out:
         write_report(stored, options.out)
         print(f"\n{options.out}: report.md with its plots")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = sorted({int(name) for name in _names(text)})
+    if not numbers or numbers[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers above 0, such as 1,5")
+    return numbers
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from trainer.files import write_json
+    from trainer.probe import as_json, table
+    from trainer.run import probe_again
+    from trainer.stop import Stop
+
+    tokens = options.train_tokens, options.test_tokens
+    with Stop() as stop:
+        rows, config = probe_again(
+            options.dictionaries, options.corpus, tokens, options.tags, options.k, stop
+        )
+    print(table(rows))
+    if options.json:
+        write_json(options.json, as_json(rows, config))
 
 
 def _label(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
 from trainer.harvest import Activations, harvest
 from trainer.model import load_model, load_tokenizer, revision, shape_of
+from trainer.probe import Probe, probe
 from trainer.progress import NOBODY, Watchers
 from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
@@ -157,6 +158,34 @@ def evaluate_again(
         stored.card.training["max_norm"],
         stop,
     )
+
+
+def probe_again(
+    folders: Sequence[Path],
+    corpora: Sequence[str],
+    tokens: tuple[int, int],
+    tags: Sequence[str],
+    ks: Sequence[int],
+    stop: Stop,
+) -> tuple[list[Probe], TrainConfig]:
+    """k-sparse probes of finished dictionaries, and on what; `tokens` are for training and for the test.
+
+    Without corpora the first dictionary's own, as far as it has tags; its contexts are used for all.
+    """
+    stored = [load(folder) for folder in folders]
+    config = _config_of(stored[0])
+    chosen = dict.fromkeys(corpora, 1.0) or {
+        spec: share for spec, share in config.corpus.items() if next(corpus.tagged([spec]), None)
+    }
+    if not chosen:
+        raise BadConfig(
+            f"the corpora of {folders[0]} have no tags; name one with --corpus, such as corpora/brown.jsonl"
+        )
+    config = replace(config, corpus=chosen, tokens=tokens[0], eval_tokens=tokens[1])
+    for entry in stored:
+        check_model(entry.card, shape_of(config.model))
+    torch.set_num_threads(config.threads)
+    return probe(stored, config, tags, ks, stop), config
 
 
 def label(folder: Path, path: Path) -> int:
