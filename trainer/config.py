@@ -22,6 +22,7 @@ from trainer.errors import BadConfig
 # What the stored activations depend on; runs that share these share the harvest.
 HARVEST_FIELDS = (
     "model",
+    "weights",
     "corpus",
     "holdout_every",
     "context",
@@ -91,6 +92,8 @@ class TrainConfig:
     """Documents, each path, glob or hub data set with its share of the tokens."""
     out: str
     """Folder of the finished dictionary; its last part is the dictionary's name."""
+    weights: Literal["trained", "random"] = "trained"
+    """Of the model; `random` is the control, a copy as it was before training, drawn anew with `data_seed`."""
     tokens: int
     """Training tokens to harvest, fewer if the corpus ends before."""
     n_features: int
@@ -144,7 +147,7 @@ class TrainConfig:
     seed: int = 0
     """Of the first weights."""
     data_seed: int = 0
-    """Of the order of documents and of activations."""
+    """Of the order of documents and of activations, and of random weights of the model."""
     threads: int = 2
     """CPU threads; sums are split by thread, so the exact bytes depend on it."""
 

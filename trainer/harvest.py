@@ -76,7 +76,7 @@ def harvest(
         for number in range(len(shards))
     }
     if any(lacking.values()):
-        model = truncate(load_model(config.model), sites)
+        model = truncate(load_model(config.model, config.weights, config.data_seed), sites)
         _find_max_norms(config, folder, model, sites, contexts)
         done = sum(len(shards[number]) for number, those in lacking.items() if not those)
         with tqdm(

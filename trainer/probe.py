@@ -167,7 +167,7 @@ def _read(
     both = torch.cat([contexts["train"], contexts["heldout"]])
     tags = lay(both, config.corpus, tokenizer, stop)
     sites = list(bounds)
-    model = truncate(load_model(config.model), sites)
+    model = truncate(load_model(config.model, config.weights, config.data_seed), sites)
     first_test = len(contexts["train"])
     parts: dict[Site, tuple[list[_Split], list[_Split]]] = {site: ([], []) for site in sites}
     with tqdm(desc="read", total=both.numel(), unit=" tokens") as bar:
@@ -293,7 +293,7 @@ def _standard(train: np.ndarray, x: np.ndarray) -> np.ndarray:
     """In units of the training tokens' deviations from their mean."""
     from sklearn.preprocessing import StandardScaler
 
-    return StandardScaler().fit(train).transform(x)
+    return np.asarray(StandardScaler().fit(train).transform(x))
 
 
 def _regression(x: _Pair, y: _Pair) -> Score:

@@ -24,10 +24,11 @@ from trainer.evaluate import evaluate
 from trainer.harvest import Activations, harvest
 from trainer.model import load_model, load_tokenizer, revision, shape_of
 from trainer.probe import Probe, probe
-from trainer.progress import NOBODY, Watchers
+from trainer.progress import NOBODY, Watchers, curves
+from trainer.stack import stacks
 from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
-from trainer.train import train
+from trainer.train import METRICS, train
 
 
 def run(
@@ -51,18 +52,27 @@ def run(
     sites = sorted({Site.parse(config.site) for config in configs})
     harvested = harvest(first, sites, runs / f"activations-{first.harvest_digest}", stop)
     made: dict[str, Dictionary] = {}
+    lines: dict[str, str] = {}
     for site, activations in harvested.items():
         here = [config for config in configs if config.site == str(site)]
         folder = runs / f"training-{digest(here)}"
         made |= zip(
             [c.out for c in here], _make(here, activations, folder, stop, watchers), strict=True
         )
-    model, tokenizer = load_model(first.model), load_tokenizer(first.model)
+        lines |= _curves(here, folder)
+    model = load_model(first.model, first.weights, first.data_seed)
+    tokenizer = load_tokenizer(first.model)
     return [
         _finished(config)
         if (Path(config.out) / CARD).exists()
         else _finish(
-            config, made[config.out], harvested[Site.parse(config.site)], model, tokenizer, stop
+            config,
+            made[config.out],
+            harvested[Site.parse(config.site)],
+            model,
+            tokenizer,
+            stop,
+            lines.get(config.out, ""),
         )
         for config in configs
     ]
@@ -84,6 +94,13 @@ def _make(
     ]
 
 
+def _curves(configs: Sequence[TrainConfig], folder: Path) -> dict[str, str]:
+    """What the training in `folder` wrote of each, by `out`."""
+    trained = [config for config in configs if config.architecture not in BASELINES]
+    in_order = [config.out for members in stacks(trained) for config in members]
+    return dict(zip(in_order, curves(folder / METRICS, len(in_order)), strict=True))
+
+
 def _finish(
     config: TrainConfig,
     dictionary: Dictionary,
@@ -91,6 +108,7 @@ def _finish(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     stop: Stop,
+    curve: str,
 ) -> Card:
     """Evaluates, interprets and saves one trained dictionary."""
     out, site = Path(config.out), Site.parse(config.site)
@@ -105,8 +123,9 @@ def _finish(
         name=out.name,
         model=Model(
             Path(config.model).name if Path(config.model).is_dir() else config.model,
-            revision(config.model),
+            revision(config.model) if config.weights == "trained" else f"seed {config.data_seed}",
             config_digest(shape_of(config.model)),
+            config.weights,
         ),
         site=site,
         architecture=config.architecture,
@@ -122,7 +141,7 @@ def _finish(
             "code": {name: _version(name) for name in ("steer", "torch", "transformers")},
         },
     )
-    return save(out, card, dictionary, survey.statistics(), evidence)
+    return save(out, card, dictionary, survey.statistics(), evidence, curve)
 
 
 def _labelled(evidence: Sequence[Evidence], names: Sequence[str]) -> list[Evidence]:
@@ -146,11 +165,11 @@ def evaluate_again(
         if not set(corpora) & set(config.corpus):
             changes["holdout_every"] = 1
     config = replace(config, **changes)
-    check_model(stored.card, shape_of(config.model))
+    check_model(stored.card, shape_of(config.model), config.weights)
     torch.set_num_threads(config.threads)
     contexts = pack(config, load_tokenizer(config.model), stop, ["heldout"])
     return evaluate(
-        load_model(config.model),
+        load_model(config.model, config.weights, config.data_seed),
         stored.card.site,
         stored.dictionary,
         contexts["heldout"],
@@ -183,7 +202,7 @@ def probe_again(
         )
     config = replace(config, corpus=chosen, tokens=tokens[0], eval_tokens=tokens[1])
     for entry in stored:
-        check_model(entry.card, shape_of(config.model))
+        check_model(entry.card, shape_of(config.model), config.weights)
     torch.set_num_threads(config.threads)
     return probe(stored, config, tags, ks, stop), config
 
@@ -215,7 +234,8 @@ def label(folder: Path, path: Path) -> int:
     for feature, text in labels.items():
         evidence[feature] = replace(evidence.get(feature, Evidence(feature)), label=text)
     entries = [evidence[feature] for feature in sorted(evidence)]
-    card = save(folder, stored.card, stored.dictionary, stored.statistics, entries)
+    parts = stored.card, stored.dictionary, stored.statistics, entries, stored.curve
+    card = save(folder, *parts)
     assert card.sha256 == stored.sha256
     return len(labels)
 
