@@ -136,6 +136,9 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("dictionaries", type=Path, nargs="+", help="folders of dictionaries")
     compare.add_argument("--out", type=Path, help="folder for the report and its plots")
+    compare.add_argument(
+        "--probe", type=Path, action="append", default=[], help="a file of `probe --json` to add"
+    )
     compare.set_defaults(run=_compare)
 
     probe = commands.add_parser(
@@ -239,13 +242,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from steer_server.dictionary.files import load
-    from trainer.compare import report, write_report
+    from trainer.compare import probes, tables, write_report
 
     stored = [load(folder) for folder in options.dictionaries]
-    print(report(stored))
+    found = tables(stored) + [probes(path) for path in options.probe]
+    print("\n\n".join(table.markdown() for table in found))
     if options.out:
-        write_report(stored, options.out)
-        print(f"\n{options.out}: report.md with its plots")
+        write_report(stored, found, options.out)
+        print(f"\n{options.out}: report.html, and report.md with its plots")
 
 
 def _names(text: str) -> list[str]:
