@@ -18,9 +18,7 @@ _ABOUT = """Sparse dictionaries of a language model's activations, from text to 
 """
 
 _TRAIN = """Harvests activations, trains a dictionary, measures it on held-out text, finds each feature's
-examples and logit effects, and writes the folder `out`. The paper's dictionary (arXiv 2309.08600) is
-
-    architecture = "tied_relu", loss_reduction = "mean", lr = 1e-3, warmup = 0, decay = 0, clip = 0
+examples and logit effects, and writes the folder `out`. `preset = "paper"` trains arXiv 2309.08600 to the letter.
 
 A list in the place of site, architecture, n_features, k, alpha, lr or seed asks for a dictionary of each;
 all of them train in one pass over the activations, and `out` becomes the folder that holds them:
@@ -85,6 +83,18 @@ _COMPARE = """Prints a table of their quality as it was measured on held-out tex
 """
 
 
+_PROBE = """Fits a logistic regression on the k features that tell a class of words best, and measures it on documents that no
+dictionary was trained on. The classes are those of a corpus with `words`, `tags` and `starts` beside `text`, such as
+corpora/brown.jsonl: the first two letters of a part-of-speech tag, NN for all of nn, nns, nn$. A word's tag is on the
+token that ends the word; tokens that end several words and tokens without a tag are left out. Each class is told from
+all other tagged tokens, with the threshold that has the best F1 on the training tokens.
+
+    coordinates           the same with the k best coordinates of the stream itself
+    all coordinates       a logistic regression on the whole vector
+    difference of means   the direction from the mean of all others to the class's
+"""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 done, 1 an error told on stderr, 130 interrupted and resumable."""
     options = parser().parse_args(arguments)
@@ -144,6 +154,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     _add_config(train)
+    train.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="write event files too (needs tensorboard)"
+    )
+    train.add_argument(
+        "--textfile",
+        type=Path,
+        metavar="FILE.prom",
+        help="keep gauges for node_exporter's textfile collector in it: steer_training_step, _steps, "
+        "_tokens_per_second, and of each dictionary _loss, _l0, _fvu, _dead_share",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure a dictionary on held-out text")
@@ -163,7 +183,27 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("dictionaries", type=Path, nargs="+", help="folders of dictionaries")
     compare.add_argument("--out", type=Path, help="folder for the report and its plots")
+    compare.add_argument(
+        "--probe", type=Path, action="append", default=[], help="a file of `probe --json` to add"
+    )
     compare.set_defaults(run=_compare)
+
+    probe = commands.add_parser(
+        "probe",
+        help="how well a few features tell classes of words",
+        description=_PROBE,
+        formatter_class=raw,
+    )
+    probe.add_argument("dictionaries", type=Path, nargs="+", help="folders of dictionaries")
+    probe.add_argument(
+        "--corpus", action="append", default=[], help="default: the first's own, if it has tags"
+    )
+    probe.add_argument("--tags", type=_names, default=[], help="such as NN,VB; default: all")
+    probe.add_argument("--k", type=_numbers, default=[1, 2, 5, 16], help="default: 1,2,5,16")
+    probe.add_argument("--train-tokens", type=int, default=100_000, help="default: 100000")
+    probe.add_argument("--test-tokens", type=int, default=30_000, help="default: 30000")
+    probe.add_argument("--json", type=Path, help="file for all figures")
+    probe.set_defaults(run=_probe)
 
     label = commands.add_parser("label", help="merge labels of features into a dictionary")
     label.add_argument("dictionary", type=Path, help="folder of the dictionary")
@@ -190,7 +230,11 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 def _fields() -> str:
     """The configuration's keys with their docstrings, which only the source has."""
     import ast
+    import json
+    import textwrap
     from itertools import pairwise
+
+    from trainer.config import PRESETS
 
     source = (Path(__file__).parent / "config.py").read_text(encoding="utf-8")
     (body,) = (
@@ -198,7 +242,13 @@ def _fields() -> str:
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef) and node.name == "TrainConfig"
     )
-    lines = ["keys of the configuration:"]
+    paper = ", ".join(f"{key} = {json.dumps(value)}" for key, value in PRESETS["paper"].items())
+    about = f"What a key is that the file does not name: as below, or of arXiv 2309.08600, {paper}"
+    lines = [
+        "keys of the configuration:",
+        '  preset = "modern"',
+        textwrap.fill(about, 110, initial_indent=" " * 6, subsequent_indent=" " * 6),
+    ]
     for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             default = f" = {ast.unparse(field.value)}" if field.value else ""
@@ -254,11 +304,14 @@ def _train(options: argparse.Namespace) -> None:
     configs = load(options.config, options.overrides)
     from trainer.evaluate import describe
     from trainer.launch import joined
+    from trainer.progress import Watchers
     from trainer.run import run
     from trainer.stop import Stop
 
+    watchers = Watchers(options.tensorboard, options.textfile)
+    watchers.check()
     with Stop() as stop, joined(configs, options.runs) as ranks:
-        cards = run(configs, options.runs, stop, ranks)
+        cards = run(configs, options.runs, stop, ranks, watchers)
     for config, card in zip(ranks.saves(configs), cards, strict=True):
         assert card.quality is not None
         print(f"{config.out}: {card.n_features} features at {card.site}, sha256 {card.sha256}")
@@ -279,13 +332,41 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from steer_server.dictionary.files import load
-    from trainer.compare import report, write_report
+    from trainer.compare import probes, tables, write_report
 
     stored = [load(folder) for folder in options.dictionaries]
-    print(report(stored))
+    found = tables(stored) + [probes(path) for path in options.probe]
+    print("\n\n".join(table.markdown() for table in found))
     if options.out:
-        write_report(stored, options.out)
-        print(f"\n{options.out}: report.md with its plots")
+        write_report(stored, found, options.out)
+        print(f"\n{options.out}: report.html, and report.md with its plots")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = sorted({int(name) for name in _names(text)})
+    if not numbers or numbers[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers above 0, such as 1,5")
+    return numbers
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from trainer.files import write_json
+    from trainer.probe import as_json, table
+    from trainer.run import probe_again
+    from trainer.stop import Stop
+
+    tokens = options.train_tokens, options.test_tokens
+    with Stop() as stop:
+        rows, config = probe_again(
+            options.dictionaries, options.corpus, tokens, options.tags, options.k, stop
+        )
+    print(table(rows))
+    if options.json:
+        write_json(options.json, as_json(rows, config))
 
 
 def _label(options: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from trainer.errors import BadConfig
 # What the stored activations depend on; runs that share these share the harvest.
 HARVEST_FIELDS = (
     "model",
+    "weights",
     "corpus",
     "holdout_every",
     "context",
@@ -53,13 +54,39 @@ Architecture = Literal[
     "relu",
     "tied_relu",
     "pca",
+    "ica",
     "random",
     "basis",
+    "diff_mean",
 ]
 Parallel = Literal["data", "features", "members"]
-BASELINES = ("pca", "random", "basis")
+BASELINES = ("pca", "ica", "random", "basis", "diff_mean")
 """Directions that are not trained."""
 _BY_K = ("batch_top_k", "top_k", "matryoshka")
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "modern": {},
+    "paper": {
+        "architecture": "tied_relu",
+        "loss_reduction": "mean",
+        "alpha": 8.6e-4,
+        "normalise_input": False,
+        "batch": 256,
+        "lr": 1e-3,
+        "warmup": 0,
+        "decay": 0.0,
+        "clip": 0.0,
+        "aux_k": -1,
+        "context": 256,
+        "skip_positions": 0,
+        "max_norm_ratio": 0.0,
+        "activation_dtype": "float16",
+    },
+}
+"""Values of keys that a file does not name, by its `preset`; "modern" are the defaults of `TrainConfig`.
+
+"paper" is arXiv 2309.08600 as its code runs it (`basic_l1_sweep`; its large sweeps have batches of 2048). The alpha is
+that of its residual-stream dictionaries with n_features = 2 d_model.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +101,16 @@ class TrainConfig:
     """Documents, each path, glob or hub data set with its share of the tokens."""
     out: str
     """Folder of the finished dictionary; its last part is the dictionary's name."""
+    weights: Literal["trained", "random"] = "trained"
+    """Of the model; `random` is the control, a copy as it was before training, drawn anew with `data_seed`."""
     tokens: int
     """Training tokens to harvest, fewer if the corpus ends before."""
     n_features: int
     """Rows of the dictionary."""
     architecture: Architecture = "batch_top_k"
-    """`tied_relu` is the paper's dictionary, `relu` the same untied; pca, random and basis are directions to compare with."""
+    """`tied_relu` is the paper's dictionary, `relu` the same untied; those from pca on are directions to compare with."""
     k: int = 0
-    """Active features per token: of batch_top_k, top_k and matryoshka, and if not 0 of pca, random and basis."""
+    """Active features per token: of batch_top_k, top_k and matryoshka, and if not 0 of the directions."""
     alpha: float = 0.0
     """Weight of the sparsity term: L1, or L0 for jump_relu. With `loss_reduction = "mean"` in the unit of the paper's."""
     loss_reduction: Literal["mean", "sum"] = "sum"
@@ -110,12 +139,14 @@ class TrainConfig:
     """Of the kernel that gives jump_relu's thresholds a gradient; along random directions, scaled activations vary by 1."""
     prefixes: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5)
     """Shares of the features that reconstruct on their own in a matryoshka."""
+    ica_rows: int = 100_000
+    """Activations that ica is fitted to, drawn at random; each takes 24 bytes of memory per coordinate."""
     context: int = 256
     """Tokens per context; documents are joined by the end-of-sequence token and cut."""
     skip_positions: int = 1
     """Positions left out at the start of each context; position 0 is an attention sink."""
     max_norm_ratio: float = 10.0
-    """Activations longer than this many medians are left out: attention sinks at other positions."""
+    """Activations longer than this many medians are left out: attention sinks at other positions. 0: none are."""
     activation_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the activations as they are kept; a value that overflows stops the harvest."""
     storage: Literal["shards", "buffer"] = "shards"
@@ -129,7 +160,7 @@ class TrainConfig:
     seed: int = 0
     """Of the first weights."""
     data_seed: int = 0
-    """Of the order of documents and of activations."""
+    """Of the order of documents and of activations, and of random weights of the model."""
     threads: int = 2
     """CPU threads of a process; sums are split by thread, so the exact bytes depend on it."""
     parallel: Parallel = "data"
@@ -148,12 +179,14 @@ class TrainConfig:
             "batch",
             "eval_tokens",
             "threads",
+            "ica_rows",
             "buffer_rows",
         )
-        for name in (*positive, "max_norm_ratio", "holdout_every", "bandwidth", "dead_after"):
+        for name in (*positive, "holdout_every", "bandwidth", "dead_after"):
             if not getattr(self, name) > 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must be above 0")
-        for name in ("alpha", "skip_positions", "lr", "warmup", "decay", "sparsity_warmup", "clip"):
+        schedule = ("lr", "warmup", "decay", "sparsity_warmup", "clip")
+        for name in ("alpha", "skip_positions", "max_norm_ratio", *schedule):
             if not getattr(self, name) >= 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must not be negative")
         if self.context < self.skip_positions + 2:
@@ -236,12 +269,16 @@ def expand(content: Mapping[str, Any]) -> list[TrainConfig]:
 
 def from_mapping(content: Mapping[str, Any]) -> TrainConfig:
     """As written in a file or in a dictionary's card; BadConfig names every wrong key."""
-    known = [field.name for field in fields(TrainConfig)]
+    known = [field.name for field in fields(TrainConfig)] + ["preset"]
     unknown = sorted(set(content) - set(known))
     if unknown:
         raise BadConfig(f"unknown keys: {', '.join(unknown)}; known are {', '.join(known)}")
+    preset = content.get("preset", "modern")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise BadConfig(f"preset is {preset!r}; allowed are {', '.join(PRESETS)}")
+    own = {key: value for key, value in content.items() if key != "preset"}
     try:
-        return TrainConfig(**content)
+        return TrainConfig(**{**PRESETS[preset], **own})
     except TypeError as error:
         raise BadConfig(str(error).replace("TrainConfig.__init__() ", "")) from error
 

@@ -10,6 +10,7 @@ from trainer.errors import BadCorpus
 from trainer.files import sha256
 
 TEXT_FIELD = "text"
+TAG_FIELDS = {"words", "tags", "starts"}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -27,6 +28,14 @@ def documents(specs: Iterable[str]) -> Iterator[str]:
                 yield text
         if not found:
             raise BadCorpus(f"corpus {spec!r} has no text")
+
+
+def tagged(specs: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The records of .jsonl files with `words`, `tags` and `starts` beside `text`, such as `brown.read` makes."""
+    for spec in specs:
+        for path in _files(spec):
+            if path.suffix == ".jsonl":
+                yield from (record for record in _records(path) if record.keys() >= TAG_FIELDS)
 
 
 def fingerprint(specs: Iterable[str]) -> dict[str, str]:
@@ -66,13 +75,18 @@ def _files(spec: str) -> list[Path]:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
+    return (record[TEXT_FIELD] for record in _records(path))
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
             except ValueError as error:
                 raise BadCorpus(f"{path}, line {number} is not JSON: {error}") from error
-            yield _text(record, f"{path}, line {number}")
+            _text(record, f"{path}, line {number}")
+            yield record
 
 
 def _parquet(path: Path) -> Iterator[str]:

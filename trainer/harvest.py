@@ -156,7 +156,8 @@ class Reader:
 
     def _loaded(self) -> nn.Module:
         if self._model is None:
-            self._model = truncate(load_model(self._config.model), self.sites)
+            model = load_model(self._config.model, self._config.weights, self._config.data_seed)
+            self._model = truncate(model, self.sites)
         return self._model
 
 
@@ -182,7 +183,7 @@ def harvest(
         for number in range(ranks.rank, len(shards), ranks.size)
     }
     if any(lacking.values()):
-        model = truncate(load_model(config.model), sites)
+        model = truncate(load_model(config.model, config.weights, config.data_seed), sites)
         if ranks.first:
             _find_max_norms(config, folder, model, sites, contexts)
         ranks.wait_for(
@@ -240,14 +241,15 @@ def _max_norm(folder: Path, site: Site) -> float:
 def _find_max_norms(
     config: TrainConfig, folder: Path, model: nn.Module, sites: Sequence[Site], contexts: Tensor
 ) -> None:
-    """`max_norm_ratio` medians of |x| over the first contexts, found once per site."""
+    """`max_norm_ratio` medians of |x| over the first contexts, or what no float32 exceeds; found once per site."""
     new = [site for site in sites if not (folder / str(site) / META).exists()]
     if not new:
         return
     found = read_sites(model, new, contexts[:FORWARD_CONTEXTS])
     for site, x in zip(new, found, strict=True):
         median = x[:, config.skip_positions :].float().norm(dim=-1).median().item()
-        content = {"max_norm": median * config.max_norm_ratio, "site": str(site)}
+        bound = median * config.max_norm_ratio or torch.finfo(torch.float32).max
+        content = {"max_norm": bound, "site": str(site)}
         write_json(folder / str(site) / META, content | {"model": config.model})
 
 

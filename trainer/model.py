@@ -17,16 +17,31 @@ from trainer.files import sha256
 from trainer.structure import decoder_layers, main_tensor, place
 
 
-def load_model(name: str) -> nn.Module:
-    """The whole causal model in its own dtype, ready for inference, on a GPU if there is one."""
+def load_model(name: str, weights: str = "trained", seed: int = 0) -> nn.Module:
+    """The whole causal model in its own dtype, ready for inference, on a GPU if there is one.
+
+    With `random` weights it is a model of the same configuration as it is before training, by `seed`.
+    """
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        if weights == "random":
+            model = _untrained(name, seed)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except OSError as error:
         raise BadConfig(
             f"model {name!r} is neither a Hugging Face folder nor a hub id that can be read; "
             f"`python -m trainer model --out {name}` makes a small real one: {error}"
         ) from error
     return nn.Module.to(model.eval().requires_grad_(False), device())
+
+
+def _untrained(name: str, seed: int) -> nn.Module:
+    config = AutoConfig.from_pretrained(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Drawn in float32, so that a seed gives the same numbers, rounded, in every dtype.
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return nn.Module.to(model, config.dtype or torch.float32)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

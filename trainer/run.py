@@ -1,7 +1,7 @@
 """The commands on dictionaries: harvest for one, train one, evaluate one, label its features."""
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from importlib import metadata
@@ -18,21 +18,30 @@ from steer_server.dictionary.features import Evidence
 from steer_server.dictionary.files import CARD, StoredDictionary, check_model, load, save
 from steer_server.dictionary.site import Site
 from trainer import corpus, interpret
-from trainer.baselines import fit
+from trainer.baselines import fit, names
 from trainer.buffer import Buffer
 from trainer.config import BASELINES, PASS_FIELDS, TrainConfig, digest, from_mapping
 from trainer.errors import BadConfig
 from trainer.evaluate import evaluate
 from trainer.harvest import Activations, Reader, harvest
 from trainer.model import load_model, load_tokenizer, revision, shape_of
+from trainer.probe import Probe, probe
+from trainer.progress import NOBODY, Watchers, curves
 from trainer.ranks import ALONE, Ranks
 from trainer.source import Source
+from trainer.stack import stacks
 from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
-from trainer.train import train
+from trainer.train import METRICS, train
 
 
-def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop, ranks: Ranks = ALONE) -> list[Card]:
+def run(
+    configs: Sequence[TrainConfig],
+    runs: Path,
+    stop: Stop,
+    ranks: Ranks = ALONE,
+    watchers: Watchers = NOBODY,
+) -> list[Card]:
     """Harvest all sites in one pass, train a site's dictionaries in one pass, then interpret, evaluate and save each.
 
     With a buffer in the place of a harvest, the dictionaries of all sites train in one pass of the model.
@@ -51,13 +60,15 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop, ranks: Ranks = A
     if ranks.parallel == "members":
         configs, ranks = mine, ALONE
     made: dict[str, Dictionary] = {}
+    lines: dict[str, str] = {}
     for source in sources:
         here = [c for c in _of(source, configs) if c.architecture not in BASELINES]
         if here:
             folder = runs / f"training-{digest(here)}"
-            trained = train(here, source, folder, stop, ranks=ranks)
+            trained = train(here, source, folder, stop, ranks=ranks, watchers=watchers)
             made |= zip([c.out for c in here], trained, strict=ranks.first)
-    load_once = cache(load_model)
+            lines |= _curves(here, folder)
+    load_once = cache(lambda: load_model(first.model, first.weights, first.data_seed))
     for source in sources:
         left = [c for c in _of(source, mine) if not (Path(c.out) / CARD).exists()]
         # Where activations cost a run of the model, one run is for all.
@@ -66,7 +77,7 @@ def run(configs: Sequence[TrainConfig], runs: Path, stop: Stop, ranks: Ranks = A
             some = [
                 (c, made.get(c.out) or fit(c, source, stop)) for c in left[start : start + at_once]
             ]
-            _finish(some, source, load_once, stop)
+            _finish(some, source, load_once, lines, stop)
     return [_finished(config) for config in mine]
 
 
@@ -118,13 +129,20 @@ def _check_pass(configs: Sequence[TrainConfig]) -> None:
         )
 
 
+def _curves(configs: Sequence[TrainConfig], folder: Path) -> dict[str, str]:
+    """What the training in `folder` wrote of each, by `out`."""
+    in_order = [config.out for members in stacks(configs) for config in members]
+    return dict(zip(in_order, curves(folder / METRICS, len(in_order)), strict=True))
+
+
 def _finish(
     trained: Sequence[tuple[TrainConfig, Dictionary]],
     source: Source,
-    load_model: Callable[[str], nn.Module],
+    load_once: Callable[[], nn.Module],
+    lines: Mapping[str, str],
     stop: Stop,
 ) -> None:
-    """Interprets, evaluates and saves trained dictionaries."""
+    """Interprets, evaluates and saves trained dictionaries; `lines` are their training curves, by `out`."""
     first = trained[0][0]
     tokenizer = load_tokenizer(first.model)
     texts = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
@@ -137,7 +155,7 @@ def _finish(
     at = [(site, survey) for (site, _), survey in zip(dictionaries, surveys, strict=True)]
     examples = interpret.examples(at, source, texts, stop)
     source.close()
-    model = load_model(first.model)
+    model = load_once()
     for (config, _), (site, dictionary), survey, shown in zip(
         trained, dictionaries, surveys, examples, strict=True
     ):
@@ -151,8 +169,10 @@ def _finish(
             stop,
         )
         evidence = interpret.evidence(site, dictionary, shown, source.train, model, texts, stop)
+        evidence = _labelled(evidence, names(config, source, stop))
         card = _card(config, dictionary, quality, survey, source.max_norms[site], tokenizer)
-        save(Path(config.out), card, dictionary, survey.statistics(), evidence)
+        curve = lines.get(config.out, "")
+        save(Path(config.out), card, dictionary, survey.statistics(), evidence, curve)
 
 
 def _card(
@@ -168,8 +188,9 @@ def _card(
         name=Path(config.out).name,
         model=Model(
             Path(config.model).name if Path(config.model).is_dir() else config.model,
-            revision(config.model),
+            revision(config.model) if config.weights == "trained" else f"seed {config.data_seed}",
             config_digest(shape_of(config.model)),
+            config.weights,
         ),
         site=Site.parse(config.site),
         architecture=config.architecture,
@@ -185,6 +206,10 @@ def _card(
             "code": {name: _version(name) for name in ("steer", "torch", "transformers")},
         },
     )
+
+
+def _labelled(evidence: Sequence[Evidence], names: Sequence[str]) -> list[Evidence]:
+    return [replace(e, label=names[e.feature]) if names else e for e in evidence]
 
 
 def evaluate_again(
@@ -204,11 +229,11 @@ def evaluate_again(
         if not set(corpora) & set(config.corpus):
             changes["holdout_every"] = 1
     config = replace(config, **changes)
-    check_model(stored.card, shape_of(config.model))
+    check_model(stored.card, shape_of(config.model), config.weights)
     torch.set_num_threads(config.threads)
     contexts = pack(config, load_tokenizer(config.model), stop, ["heldout"])
     return evaluate(
-        load_model(config.model),
+        load_model(config.model, config.weights, config.data_seed),
         stored.card.site,
         stored.dictionary,
         contexts["heldout"],
@@ -216,6 +241,34 @@ def evaluate_again(
         stored.card.training["max_norm"],
         stop,
     )
+
+
+def probe_again(
+    folders: Sequence[Path],
+    corpora: Sequence[str],
+    tokens: tuple[int, int],
+    tags: Sequence[str],
+    ks: Sequence[int],
+    stop: Stop,
+) -> tuple[list[Probe], TrainConfig]:
+    """k-sparse probes of finished dictionaries, and on what; `tokens` are for training and for the test.
+
+    Without corpora the first dictionary's own, as far as it has tags; its contexts are used for all.
+    """
+    stored = [load(folder) for folder in folders]
+    config = _config_of(stored[0])
+    chosen = dict.fromkeys(corpora, 1.0) or {
+        spec: share for spec, share in config.corpus.items() if next(corpus.tagged([spec]), None)
+    }
+    if not chosen:
+        raise BadConfig(
+            f"the corpora of {folders[0]} have no tags; name one with --corpus, such as corpora/brown.jsonl"
+        )
+    config = replace(config, corpus=chosen, tokens=tokens[0], eval_tokens=tokens[1])
+    for entry in stored:
+        check_model(entry.card, shape_of(config.model), config.weights)
+    torch.set_num_threads(config.threads)
+    return probe(stored, config, tags, ks, stop), config
 
 
 def label(folder: Path, path: Path) -> int:
@@ -245,7 +298,8 @@ def label(folder: Path, path: Path) -> int:
     for feature, text in labels.items():
         evidence[feature] = replace(evidence.get(feature, Evidence(feature)), label=text)
     entries = [evidence[feature] for feature in sorted(evidence)]
-    card = save(folder, stored.card, stored.dictionary, stored.statistics, entries)
+    parts = stored.card, stored.dictionary, stored.statistics, entries, stored.curve
+    card = save(folder, *parts)
     assert card.sha256 == stored.sha256
     return len(labels)
 

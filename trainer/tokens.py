@@ -58,7 +58,7 @@ def _pack_one(
     if tokenizer.eos_token_id is None:
         raise BadConfig("the model's tokenizer has no end-of-sequence token to join documents with")
     streams: dict[str, list[int]] = {part: [] for part in quota}
-    for index, text in _shuffled(spec, config.seed):
+    for index, text in _shuffled(spec, config.data_seed):
         stop.check("tokenising starts anew")
         held_out = index % config.holdout_every == config.holdout_every - 1
         part = "heldout" if held_out else "train"

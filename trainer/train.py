@@ -1,30 +1,26 @@
 """Training: many dictionaries in one pass over the activations, to be broken off and continued at any step."""
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.site import Site
-from trainer.architectures import Outcome
 from trainer.checkpoint import restore, save, whole_parameters
 from trainer.config import TrainConfig
 from trainer.errors import BadConfig, Interrupted, TrainerError
-from trainer.files import whole_file
 from trainer.model import device
+from trainer.progress import NOBODY, Progress, Watchers
 from trainer.ranks import ALONE, Ranks
 from trainer.source import BySite, Source
 from trainer.stack import Stack, stacks
 from trainer.stop import Stop
 
 METRICS = "metrics.jsonl"
-CHECKPOINT_EVERY, METRICS_EVERY = 250, 50
+CHECKPOINT_EVERY = 250
 
 
 def train(
@@ -34,6 +30,7 @@ def train(
     stop: Stop,
     on_step: Callable[[int], None] = lambda step: None,
     ranks: Ranks = ALONE,
+    watchers: Watchers = NOBODY,
 ) -> list[Dictionary]:
     """The dictionaries after `epochs`, in the order of `configs`, going on from the checkpoint in `folder` if there is one.
 
@@ -57,13 +54,8 @@ def train(
     step = restore(groups, folder, ranks)
     batches = source.batches(config, step, ranks)
     folder.mkdir(parents=True, exist_ok=True)
-    if ranks.first:
-        _forget_metrics(folder / METRICS, step)
-    report = folder / METRICS if ranks.first else Path(os.devnull)
-    with (
-        tqdm(desc="train", total=total, initial=step, unit=" steps") as bar,
-        report.open("a", encoding="utf-8") as metrics,
-    ):
+    metrics = folder / METRICS if ranks.first else None
+    with Progress([*chain(*members)], metrics, step, total, watchers) as progress:
         while step < total:
             try:
                 x = _scaled(next(batches), scales, step)
@@ -76,11 +68,8 @@ def train(
                 outcomes = [
                     group.advance(x[site]) for site, group in zip(sites, groups, strict=True)
                 ]
-            dead = [group.dead_share() for group in groups]
             step += 1
-            _show(bar, outcomes, dead)
-            if step % METRICS_EVERY == 0 or step == total:
-                _write_metrics(metrics, step, groups, outcomes, dead)
+            progress.update(step, outcomes, [group.dead_share() for group in groups])
             on_step(step)
             # All ranks decide on what was known at this moment; a signal that comes later waits for the next step.
             stopping = ranks.any(stop.requested)
@@ -105,51 +94,3 @@ def _scaled(batch: BySite, scales: Mapping[Site, tuple[float, Tensor]], step: in
             f"an activation among those of step {step} is not finite; remove the harvest and run again"
         )
     return scaled
-
-
-def _show(bar: tqdm, outcomes: Sequence[Outcome], dead: Sequence[Tensor]) -> None:
-    """The range over all dictionaries."""
-    columns = {
-        "L0": torch.cat([outcome.l0 for outcome in outcomes]),
-        "FVU": torch.cat([outcome.fvu for outcome in outcomes]),
-        "dead": torch.cat(list(dead)),
-    }
-    bar.update()
-    shown = {name: _range(values) for name, values in columns.items()}
-    bar.set_postfix(shown, refresh=False)
-
-
-def _range(values: Tensor) -> str:
-    least, most = f"{values.min():.3g}", f"{values.max():.3g}"
-    return least if least == most else f"{least}..{most}"
-
-
-def _write_metrics(
-    file: TextIO,
-    step: int,
-    groups: Sequence[Stack],
-    outcomes: Sequence[Outcome],
-    dead: Sequence[Tensor],
-) -> None:
-    for group, outcome, shares in zip(groups, outcomes, dead, strict=True):
-        for member, config in enumerate(group.configs):
-            line = {
-                "step": step,
-                "out": config.out,
-                "loss": outcome.loss[member].item(),
-                "l0": outcome.l0[member].item(),
-                "fvu": outcome.fvu[member].item(),
-                "dead_share": shares[member].item(),
-            }
-            file.write(json.dumps(line) + "\n")
-    file.flush()
-
-
-def _forget_metrics(path: Path, step: int) -> None:
-    """Takes out what was written after the checkpoint, for it will come again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A killed process may have left half a line.
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with whole_file(path) as fresh:
-            fresh.write_text("".join(whole), encoding="utf-8")

@@ -48,6 +48,8 @@ class Model:
     """Hub revision, or sha256 of the weights for a folder."""
     config_digest: str
     """As `config_digest` of its shape."""
+    weights: str = "trained"
+    """`random` for the control of an experiment: a model of that shape that was never trained."""
 
 
 @dataclass(frozen=True)

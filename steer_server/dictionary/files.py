@@ -4,6 +4,7 @@ dictionary.json        the card
 weights.safetensors    W_dec, b_enc; W_enc unless tied; b_dec unless zero; threshold of a JumpReLU
 features.safetensors   density, mean, max, quantiles
 features.jsonl         labels and evidence, optional
+training.jsonl         step, loss, l0, fvu and dead_share now and then in its training, optional
 """
 
 import hashlib
@@ -25,11 +26,12 @@ from steer_server.dictionary.features import Evidence, FeatureStatistics
 from steer_server.dictionary.site import SERVED
 from steer_server.errors import CorruptDictionary, DictionaryMismatch
 
-CARD, WEIGHTS, STATISTICS, EVIDENCE = (
+CARD, WEIGHTS, STATISTICS, EVIDENCE, TRAINING = (
     "dictionary.json",
     "weights.safetensors",
     "features.safetensors",
     "features.jsonl",
+    "training.jsonl",
 )
 _SELF_TEST_TOLERANCE = 1e-4
 
@@ -44,6 +46,8 @@ class StoredDictionary:
     statistics: FeatureStatistics
     evidence: dict[int, Evidence]
     """By feature; features without evidence are absent."""
+    curve: str = ""
+    """The lines of its training."""
 
     @property
     def sha256(self) -> str:
@@ -56,6 +60,7 @@ def save(
     dictionary: Dictionary,
     statistics: FeatureStatistics,
     evidence: Sequence[Evidence] = (),
+    curve: str = "",
 ) -> Card:
     """Writes the folder whole, replacing one that is there, and returns the card with its hashes.
 
@@ -72,6 +77,8 @@ def save(
         if evidence:
             lines = "".join(entry.to_json() + "\n" for entry in evidence)
             (fresh / EVIDENCE).write_text(lines, encoding="utf-8")
+        if curve:
+            (fresh / TRAINING).write_text(curve, encoding="utf-8")
         hashes = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
         card = replace(card, files=hashes, self_test=self_test(stored.to(torch.float32)))
         (fresh / CARD).write_text(card.to_json(), encoding="utf-8")
@@ -102,13 +109,18 @@ def load(folder: Path, model_config: Mapping[str, Any] | None = None) -> StoredD
     dictionary = _dictionary(card, safetensors.torch.load_file(folder / WEIGHTS))
     _check_self_test(card, dictionary)
     statistics = _statistics(folder, card)
-    return StoredDictionary(
-        folder, card, dictionary, statistics, _evidence(folder, card.n_features)
-    )
+    evidence = _evidence(folder, card.n_features)
+    curve = (folder / TRAINING).read_text(encoding="utf-8") if TRAINING in card.files else ""
+    return StoredDictionary(folder, card, dictionary, statistics, evidence, curve)
 
 
-def check_model(card: Card, model_config: Mapping[str, Any]) -> None:
-    """The card's model has the shape `model_config`, as `card.model_shape` gives it."""
+def check_model(card: Card, model_config: Mapping[str, Any], weights: str = "trained") -> None:
+    """The card's model has the shape `model_config`, as `card.model_shape` gives it, and such weights."""
+    if card.model.weights != weights:
+        raise DictionaryMismatch(
+            f"dictionary {card.name!r} is of {card.model.id!r} with {card.model.weights} weights, not {weights} ones: "
+            "its features mean nothing in this model"
+        )
     hidden, layers = model_config.get("hidden_size"), model_config.get("num_hidden_layers")
     if hidden is None or layers is None:
         raise DictionaryMismatch(

@@ -176,6 +176,16 @@ def test_dead_features_are_drawn_to_the_error(monkeypatch: pytest.MonkeyPatch, f
     check("top_k", p, found, losses, leaves)
 
 
+def test_the_papers_dictionary_starts_xavier_uniform_with_no_bias() -> None:
+    start = ARCHITECTURES["tied_relu"].start(400, 100, torch.ones(100), torch.Generator())
+
+    bound = (6 / 500) ** 0.5
+    assert set(start) == {"M", "b_enc"}
+    assert not start["b_enc"].any()
+    assert 0.999 * bound < start["M"].abs().max().item() <= bound
+    assert start["M"].std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_what_is_exported_encodes_and_decodes_as_in_training(name: str) -> None:
     p, x = case(name, shift=-0.5)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from steer_server.dictionary.files import load
 from steer_server.dictionary.site import Site
-from tests.unit.trainer_model import tiny_config, write_model
-from trainer.baselines import fit
+from tests.unit.trainer_model import WORDS, tiny_config, write_model
+from trainer.baselines import fit, names
 from trainer.config import TrainConfig
-from trainer.errors import BadConfig
-from trainer.harvest import Activations
+from trainer.errors import BadConfig, Interrupted
+from trainer.harvest import Activations, harvest
 from trainer.run import run
 from trainer.stop import Stop
 
@@ -77,6 +77,50 @@ def test_with_a_k_the_largest_coordinates_by_size_are_kept(config: TrainConfig, 
     torch.testing.assert_close(f.topk(3, dim=1).values, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_ica_finds_independent_sources(config: TrainConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.rand(4000, 3, generator=generator) - 0.5
+    mixing = torch.tensor([5.0, 2.0, 1.0])[:, None] * torch.randn(3, D, generator=generator)
+    few = replace(config, architecture="ica", n_features=3, ica_rows=3000)
+
+    dictionary = fit(few, activations(7 + sources @ mixing), Stop())
+
+    x = 7 + sources @ mixing
+    f = dictionary.encode(x)
+    directions = torch.nn.functional.normalize(mixing, dim=1)
+    cosines = (dictionary.W_dec @ directions.T).abs()
+    assert (cosines.diagonal() > 0.99).all(), cosines
+    torch.testing.assert_close(dictionary.decode(f), x, rtol=1e-3, atol=1e-3)
+    assert f.var(dim=0).argsort(descending=True).tolist() == [0, 1, 2]
+    torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(3))
+
+
+def test_ica_stops_at_its_next_step(config: TrainConfig, x: Tensor) -> None:
+    stop = Stop()
+    stop.requested = True
+
+    with pytest.raises(Interrupted, match="ICA starts anew"):
+        fit(replace(config, architecture="ica"), activations(x), stop)
+
+
+def test_the_difference_of_means_is_of_a_class_and_all_others(config: TrainConfig) -> None:
+    few = replace(config, architecture="diff_mean", n_features=4, holdout_every=60)
+    found = harvest(few, [Site.parse(few.site)], Path(few.out).parent / "harvest", Stop())
+    (here,) = found.values()
+    nouns = {2 + WORDS.split().index(word) for word in ("cat", "dog", "mat", "house")}
+    tokens = here.train.flatten()[torch.cat(here.rows).long()]
+    is_noun = torch.tensor([token in nouns for token in tokens.tolist()])
+    is_word = tokens != 1
+    x = torch.cat(here.shards)
+
+    dictionary = fit(few, here, Stop())
+
+    assert names(few, here, Stop())[:2] == ["JJ", "NN"]
+    expected = x[is_noun].mean(dim=0) - x[~is_noun & is_word].mean(dim=0)
+    cosine = torch.cosine_similarity(dictionary.W_dec[1], expected, dim=0)
+    assert cosine.item() == pytest.approx(1.0, abs=1e-4)
+
+
 def test_random_directions_come_from_the_seed(config: TrainConfig, x: Tensor) -> None:
     some = replace(config, architecture="random", n_features=40)
 
@@ -93,9 +137,16 @@ def test_more_components_than_there_are_is_an_error(config: TrainConfig, x: Tens
 
 
 def test_baselines_are_part_of_a_sweep(config: TrainConfig) -> None:
-    kinds = {"pca": 0, "random": 3, "basis": 3, "top_k": 3}
+    kinds = {"pca": 0, "ica": 3, "random": 3, "basis": 3, "diff_mean": 2, "top_k": 3}
+    few = {"diff_mean": 8}
     configs = [
-        replace(config, architecture=kind, k=k, out=f"{config.out}-{kind}")
+        replace(
+            config,
+            architecture=kind,
+            k=k,
+            n_features=few.get(kind, D),
+            out=f"{config.out}-{kind}",
+        )
         for kind, k in kinds.items()
     ]
 
@@ -107,3 +158,5 @@ def test_baselines_are_part_of_a_sweep(config: TrainConfig) -> None:
         assert card.quality is not None
     assert cards[0].quality is not None
     assert cards[0].quality.fvu < 1e-3
+    labels = {e.feature: e.label for e in load(Path(configs[4].out)).evidence.values()}
+    assert set(labels.values()) >= {"NN", "not NN", "VB", "not VB"}

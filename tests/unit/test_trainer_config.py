@@ -1,5 +1,6 @@
 """Configuration: what is wrong is named, with what is allowed."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ k = 8
         ({"architecture": "relu"}, "k is 8, but relu takes alpha instead"),
         ({"architecture": "dense"}, "architecture is 'dense'; allowed are batch_top_k, top_k"),
         ({"prefixes": [0.5, 1.0]}, "decay and prefixes are shares"),
+        ({"preset": "papers"}, "preset is 'papers'; allowed are modern, paper"),
+        ({"preset": ["paper"]}, r"preset is \['paper'\]; allowed are modern, paper"),
         ({"context": 2}, "context is 2; with skip_positions 1 it must be at least 3"),
         ({"corpus": {}}, "corpus needs at least one entry"),
         ({"corpus": "a.txt"}, "corpus is 'a.txt'; it must be a table"),
@@ -103,6 +106,47 @@ def test_lists_of_values_are_a_dictionary_of_each_combination() -> None:
         expand(GOOD | {"k": [4, 4]})
 
 
+def test_the_papers_preset_is_the_paper_to_the_letter() -> None:
+    plain = {key: value for key, value in GOOD.items() if key != "k"}
+
+    paper = asdict(from_mapping(plain | {"preset": "paper"}))
+
+    expected = {
+        "architecture": "tied_relu",
+        "alpha": 8.6e-4,
+        "loss_reduction": "mean",
+        "normalise_input": False,
+        "epochs": 1,
+        "batch": 256,
+        "lr": 1e-3,
+        "warmup": 0,
+        "decay": 0.0,
+        "sparsity_warmup": 0,
+        "clip": 0.0,
+        "aux_k": -1,
+        "context": 256,
+        "skip_positions": 0,
+        "max_norm_ratio": 0.0,
+        "activation_dtype": "float16",
+        "seed": 0,
+        "data_seed": 0,
+    }
+    assert {key: paper[key] for key in expected} == expected
+    rest = set(paper) - set(expected)
+    modern = asdict(from_mapping(GOOD))
+    assert {key for key in rest if paper[key] != modern[key]} == {"k"}
+
+
+def test_a_files_own_keys_go_before_its_preset(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('preset = "paper"\nlr = 5e-4\n' + TOML.replace("k = 8", ""))
+
+    (config,) = load(tmp_path / "c.toml", ["alpha=0.002"])
+
+    assert (config.architecture, config.lr, config.alpha) == ("tied_relu", 5e-4, 0.002)
+    assert from_mapping(GOOD | {"preset": "modern"}) == from_mapping(GOOD)
+    assert from_mapping(asdict(config)) == config
+
+
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["train", "--help"])
@@ -110,6 +154,7 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "  alpha = 0.0\n      Weight of the sparsity term" in shown
     assert "  batch = 1024\n" in shown
+    assert 'arXiv 2309.08600, architecture = "tied_relu"' in shown
 
 
 def test_trainer_errors_are_steer_errors() -> None:

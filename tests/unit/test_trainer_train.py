@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steer_server.dictionary.files import load
 from steer_server.dictionary.site import Site
+from steer_server.errors import DictionaryMismatch
 from tests.unit.trainer_model import tiny_config, write_model
 from trainer.architectures import ARCHITECTURES, TopK
 from trainer.checkpoint import CHECKPOINT
@@ -21,9 +22,10 @@ from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig, Interrupted, TrainerError
 from trainer.harvest import Activations, harvest
-from trainer.model import decoder_layers, load_model, read_sites, truncate
+from trainer.model import decoder_layers, load_model, load_tokenizer, read_sites, truncate
 from trainer.run import evaluate_again, label, run
 from trainer.stop import Stop
+from trainer.tokens import pack
 from trainer.train import METRICS, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,6 +151,32 @@ def test_no_row_of_position_0_is_harvested_and_each_row_knows_its_place(
     (x,) = read_sites(model, [Site.parse(config.site)], activations.train[context : context + 1])
     assert not (torch.cat(activations.rows) % config.context == 0).any()
     torch.testing.assert_close(activations.shards[0][40], x[0, position], rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_norm_ratio_and_skipped_positions_every_activation_is_harvested_and_measured(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    every = replace(config, max_norm_ratio=0.0, skip_positions=0, epochs=1)
+
+    (card,) = run([every], tmp_path / "runs", Stop())
+
+    activations = harvested(
+        every, tmp_path / "runs" / f"activations-{every.harvest_digest}", Stop()
+    )
+    assert activations.count == activations.train.numel()
+    assert card.quality is not None
+    assert card.quality.tokens == activations.heldout.numel()
+
+
+def test_the_seed_of_the_weights_does_not_choose_the_documents(config: TrainConfig) -> None:
+    tokenizer = load_tokenizer(config.model)
+    first = pack(config, tokenizer, Stop())
+
+    other_weights = pack(replace(config, seed=1), tokenizer, Stop())
+    other_data = pack(replace(config, data_seed=1), tokenizer, Stop())
+
+    assert torch.equal(first["train"], other_weights["train"])
+    assert not torch.equal(first["train"], other_data["train"])
 
 
 def test_gather_reads_rows_of_any_shard_in_the_order_asked(
@@ -469,3 +497,39 @@ def test_dictionaries_inside_sublayers_are_trained_measured_and_interpreted(
         assert card.quality.fvu < 1
         evidence = load(Path(one.out)).evidence
         assert all(entry.logits_up[0][1] > 0 for entry in evidence.values())
+
+
+def test_a_control_is_trained_and_measured_on_random_weights_and_not_served(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    # The tiny model's own weights are drawn with seed 0.
+    control = replace(config, weights="random", data_seed=7, out=str(tmp_path / "control"))
+
+    trained, random = (run([c], tmp_path / "runs", Stop())[0] for c in (config, control))
+
+    shape = json.loads((Path(config.model) / "config.json").read_text())
+    assert random.model.weights == "random"
+    assert random.model.config_digest == trained.model.config_digest
+    assert config.harvest_digest != control.harvest_digest
+    assert random.quality is not None
+    assert trained.quality is not None
+    assert random.quality.ce != trained.quality.ce
+    assert evaluate_again(Path(control.out), None, [], None, Stop()) == random.quality
+    with pytest.raises(DictionaryMismatch, match="with random weights, not trained ones"):
+        load(Path(control.out), shape)
+
+
+def test_random_weights_come_from_the_seed_and_nothing_else_is_drawn(model_folder: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+
+    models = [load_model(str(model_folder), "random", seed) for seed in (1, 1, 2)]
+
+    assert torch.equal(torch.rand(1), expected)
+    first, same, other = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
+    assert torch.equal(first, same)
+    assert not torch.allclose(first, other)
+    real = torch.cat([p.flatten() for p in load_model(str(model_folder)).parameters()])
+    assert first.shape == real.shape
+    assert not torch.allclose(first, real)

@@ -1,4 +1,4 @@
-"""A tiny random Llama with its tokenizer and a corpus of random words."""
+"""A tiny random Llama with its tokenizer and a corpus of random words with their tags."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trainer.config import TrainConfig
 
 WORDS = "the a cat dog sat ran on under mat house and then it was old red big small"
+TAGS = "at at nn nn vbd vbd in in nn nn cc rb pps bedz jj jj jj jj"
 
 
 def write_model(folder: Path) -> Path:
@@ -39,11 +40,14 @@ def write_model(folder: Path) -> Path:
 def tiny_config(model: Path, folder: Path) -> TrainConfig:
     """Trains in well under a second; its corpus and its `out` are in `folder`."""
     generator = torch.Generator().manual_seed(1)
-    words = WORDS.split()
+    words, tags = WORDS.split(), TAGS.split()
     with (folder / "text.jsonl").open("w") as file:
         for _ in range(60):
             picked = torch.randint(len(words), (90,), generator=generator).tolist()
-            file.write(json.dumps({"text": " ".join(words[word] for word in picked)}) + "\n")
+            chosen = [words[word] for word in picked]
+            starts = [len(" ".join([*chosen[:place], ""])) for place in range(len(chosen))]
+            record = {"text": " ".join(chosen), "words": chosen, "starts": starts}
+            file.write(json.dumps(record | {"tags": [tags[word] for word in picked]}) + "\n")
     return TrainConfig(
         model=str(model),
         site="resid_post.1",
