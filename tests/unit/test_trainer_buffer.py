@@ -117,12 +117,28 @@ def test_a_batch_mixes_contexts_far_apart_and_epochs_differ(
     source = buffer(config, tmp_path / "buffer")
     per_epoch = source.count // config.batch
     both = list(islice(source.batches(config, 0), 2 * per_epoch))
-    contexts = [{place[tuple(x.tolist())] for x in batch[SITES[0]]} for batch in both]
+    contexts = torch.tensor([[place[tuple(x.tolist())] for x in batch[SITES[0]]] for batch in both])
 
-    # 64 rows of the 700 in the buffer, which come from 23 contexts and more.
-    assert min(map(len, contexts)) >= 12
-    assert max(max(some) - min(some) for some in contexts) > 100
+    # 64 rows of the 700 in the buffer, which come from 23 contexts and more; those of a harvest's order would be neighbours.
+    assert min(len(some.unique()) for some in contexts) >= 12
+    assert contexts.float().std(dim=1).median() > 25
     assert not torch.equal(both[0][SITES[0]], both[per_epoch][SITES[0]])
+
+
+def test_statistics_and_examples_get_the_rows_of_the_harvest_with_their_places(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    on_disk = harvest(config, SITES, tmp_path / "shards", Stop())
+    source = buffer(config, tmp_path / "buffer")
+
+    pieces, contexts = list(source.pieces()), list(source.contexts([3, 90]))
+
+    for site in SITES:
+        x, places = (torch.cat(parts) for parts in zip(*(p[site] for p in pieces), strict=True))
+        assert torch.equal(x, torch.cat(on_disk[site].shards))
+        assert torch.equal(places, torch.cat(on_disk[site].rows).long())
+        for rows, expected in zip(contexts, on_disk[site].contexts([3, 90]), strict=True):
+            assert all(map(torch.equal, rows[site], expected[site]))
 
 
 @pytest.mark.parametrize("step", [1, 5, 6, 23, 60])
