@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from steer_server.dictionary.site import Site
 from trainer import harvest
 from trainer.architectures import ARCHITECTURES, TopK
 from trainer.checkpoint import CHECKPOINT, PARTS, save, whole_parameters
@@ -76,11 +77,11 @@ def steps(config: TrainConfig, name: str, folder: Path, ranks: Ranks) -> dict[st
     return {f"p.{key}": value for key, value in parameters.items()} | {"said": reports}
 
 
-def activations() -> Activations:
+def activations(config: TrainConfig) -> Activations:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(STEPS * BATCH, D, generator=generator)
     nothing = torch.zeros(0, dtype=torch.int32)
-    return Activations([x], [nothing], nothing, nothing, 1e9)
+    return Activations([x], [nothing], nothing, nothing, 1e9, Site.parse(config.site))
 
 
 def everything(config: TrainConfig) -> list[TrainConfig]:
@@ -99,7 +100,7 @@ def broken_off(config: TrainConfig, folder: Path, ranks: Ranks) -> dict[str, Ten
     """Whether a training that the last rank's signal broke off ends in the same bytes as one that was not."""
     same = {}
     configs = everything(config)
-    whole = train(configs, activations(), folder / "unbroken", Stop(), ranks=ranks)
+    whole = train(configs, activations(config), folder / "unbroken", Stop(), ranks=ranks)
     stop, seen = Stop(), []
 
     def on_step(step: int) -> None:
@@ -107,11 +108,11 @@ def broken_off(config: TrainConfig, folder: Path, ranks: Ranks) -> dict[str, Ten
         stop.requested = step == STOPPED_AT and ranks.rank == ranks.size - 1
 
     try:
-        train(configs, activations(), folder / "broken", stop, on_step, ranks)
+        train(configs, activations(config), folder / "broken", stop, on_step, ranks)
     except Interrupted:
         same["stopped"] = torch.tensor(seen[-1] == STOPPED_AT)
     left = sorted(path.name for path in (folder / "broken").glob("checkpoint*"))
-    resumed = train(configs, activations(), folder / "broken", Stop(), ranks=ranks)
+    resumed = train(configs, activations(config), folder / "broken", Stop(), ranks=ranks)
     ranks.meet()
     same["bytes"] = torch.tensor(kept(folder / "broken") == kept(folder / "unbroken"))
     same["parts"] = torch.tensor(len(left) == (1 if ranks.parallel == "data" else ranks.size + 1))

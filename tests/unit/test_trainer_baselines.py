@@ -96,8 +96,12 @@ def test_ica_finds_independent_sources(config: TrainConfig) -> None:
 
 
 def test_ica_stops_at_its_next_step(config: TrainConfig, x: Tensor) -> None:
-    stop = Stop()
-    stop.requested = True
+    class AtItsFirstStep(Stop):
+        def check(self, saved: str) -> None:
+            self.requested = saved == "ICA starts anew"
+            super().check(saved)
+
+    stop = AtItsFirstStep()
 
     with pytest.raises(Interrupted, match="ICA starts anew"):
         fit(replace(config, architecture="ica"), activations(x), stop)

@@ -15,13 +15,14 @@ from steer_server.dictionary.files import load
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import tiny_config, write_model
 from trainer.buffer import Buffer, rounds
+from trainer.checkpoint import CHECKPOINT
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import BadConfig, Interrupted, TrainerError
 from trainer.harvest import Reader, harvest
 from trainer.run import evaluate_again, harvest_only, run
 from trainer.stop import Stop
-from trainer.train import CHECKPOINT, METRICS, train
+from trainer.train import METRICS, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

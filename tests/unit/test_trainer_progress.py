@@ -12,13 +12,14 @@ import torch
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import tiny_config, write_model
 from trainer.architectures import Outcome
+from trainer.checkpoint import CHECKPOINT
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import BadConfig, Interrupted
 from trainer.harvest import Activations, harvest
 from trainer.progress import EVERY, Progress, Watchers, curves
 from trainer.stop import Stop
-from trainer.train import CHECKPOINT, METRICS, train
+from trainer.train import METRICS, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +51,7 @@ def activations(configs: list[TrainConfig], tmp_path: Path) -> Activations:
 def outcome(*loss: float) -> tuple[Outcome, torch.Tensor]:
     values = torch.tensor(loss)
     nothing = torch.zeros(len(loss), 1)
-    return Outcome(values, 10 * values, values / 2, nothing > 0, {}, nothing), values / 4
+    return Outcome(values, 10 * values, values / 2, nothing > 0, nothing), values / 4
 
 
 def test_the_bar_shows_tokens_per_second_what_is_left_and_each_ranges_ends(

@@ -116,7 +116,7 @@ def test_a_checkpoint_of_other_ranks_is_named_and_kept(
     before = kept(folder)
 
     with pytest.raises(BadCheckpoint, match="is of 2 processes, these are 1"):
-        train(rank_runs.everything(config), rank_runs.activations(), folder, Stop())
+        train(rank_runs.everything(config), rank_runs.activations(config), folder, Stop())
     assert kept(folder) == before
 
 
