@@ -30,6 +30,8 @@ HARVEST_FIELDS = (
     "tokens",
     "eval_tokens",
     "activation_dtype",
+    "source",
+    "served_dtype",
     "data_seed",
     "threads",
 )
@@ -109,6 +111,10 @@ class TrainConfig:
     """Activations longer than this many medians are left out: attention sinks at other positions."""
     activation_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the activations on disk; a value that overflows stops the harvest."""
+    source: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model for the harvest; vllm is the serving engine, read as clients read it, of the same sites."""
+    served_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the model in vLLM, as `steer-server --dtype`; auto makes bfloat16 of float32."""
     holdout_every: int = 20
     """Every so many-th document is held out for evaluation."""
     eval_tokens: int = 32768
@@ -140,6 +146,11 @@ class TrainConfig:
             )
         if not self.corpus or not all(share > 0 for share in self.corpus.values()):
             raise BadConfig("corpus needs at least one entry, each with a share above 0")
+        if self.source != "vllm" and self.served_dtype != "auto":
+            raise BadConfig(
+                f'served_dtype is {self.served_dtype!r}, which is for source = "vllm"; '
+                f"source is {self.source!r}"
+            )
         self._check_sparsity()
 
     def _check_sparsity(self) -> None:

@@ -1,21 +1,24 @@
 """The model's activations at its sites, on disk once, for as many dictionaries as one likes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from steer_server.dictionary.site import Site
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, TrainerError
 from trainer.files import whole_file, write_json
-from trainer.model import load_model, load_tokenizer, read_sites, truncate
+from trainer.model import Read, load_model, load_tokenizer, read_sites, truncate
+from trainer.served import served
 from trainer.stop import Stop
 from trainer.tokens import pack
 
@@ -76,18 +79,20 @@ def harvest(
         for number in range(len(shards))
     }
     if any(lacking.values()):
-        model = truncate(load_model(config.model), sites)
-        _find_max_norms(config, folder, model, sites, contexts)
         done = sum(len(shards[number]) for number, those in lacking.items() if not those)
-        with tqdm(
-            desc=f"harvest {', '.join(map(str, sites))}",
-            total=contexts.numel(),
-            initial=done * config.context,
-            unit=" tokens",
-        ) as bar:
+        with (
+            reader(config, sites, stop) as read,
+            tqdm(
+                desc=f"harvest {', '.join(map(str, sites))}",
+                total=contexts.numel(),
+                initial=done * config.context,
+                unit=" tokens",
+            ) as bar,
+        ):
+            _find_max_norms(config, folder, read, sites, contexts)
             for number, those in lacking.items():
                 if those:
-                    _write_shards(config, folder, model, those, number, shards[number], bar, stop)
+                    _write_shards(config, folder, read, those, number, shards[number], bar, stop)
     return {
         site: _open(
             [_shard(folder, site, number) for number in range(len(shards))],
@@ -96,6 +101,23 @@ def harvest(
         )
         for site in sites
     }
+
+
+@contextmanager
+def reader(config: TrainConfig, sites: Sequence[Site], stop: Stop) -> Iterator[Read]:
+    """While entered, what reads the sites: the model in this process, or the serving engine."""
+    if config.source == "vllm":
+        with served(config, sites, stop) as read:
+            stop.check("vLLM had started, and nothing else is new")
+            yield read
+    else:
+        yield partial(read_sites, truncate(load_model(config.model), sites))
+
+
+def longest_kept(config: TrainConfig, x: Tensor) -> float:
+    """`max_norm_ratio` medians of |x|, contexts x positions x d_model."""
+    median = x[:, config.skip_positions :].float().norm(dim=-1).median().item()
+    return median * config.max_norm_ratio
 
 
 def kept(config: TrainConfig, x: Tensor, max_norm: float) -> Tensor:
@@ -123,23 +145,22 @@ def _max_norm(folder: Path, site: Site) -> float:
 
 
 def _find_max_norms(
-    config: TrainConfig, folder: Path, model: nn.Module, sites: Sequence[Site], contexts: Tensor
+    config: TrainConfig, folder: Path, read: Read, sites: Sequence[Site], contexts: Tensor
 ) -> None:
-    """`max_norm_ratio` medians of |x| over the first contexts, found once per site."""
+    """As `longest_kept` over the first contexts, found once per site."""
     new = [site for site in sites if not (folder / str(site) / META).exists()]
     if not new:
         return
-    found = read_sites(model, new, contexts[:FORWARD_CONTEXTS])
+    found = read(new, contexts[:FORWARD_CONTEXTS])
     for site, x in zip(new, found, strict=True):
-        median = x[:, config.skip_positions :].float().norm(dim=-1).median().item()
-        content = {"max_norm": median * config.max_norm_ratio, "site": str(site)}
+        content = {"max_norm": longest_kept(config, x), "site": str(site)}
         write_json(folder / str(site) / META, content | {"model": config.model})
 
 
 def _write_shards(
     config: TrainConfig,
     folder: Path,
-    model: nn.Module,
+    read: Read,
     sites: Sequence[Site],
     number: int,
     contexts: Tensor,
@@ -152,7 +173,7 @@ def _write_shards(
     bounds = {site: _max_norm(folder, site) for site in sites}
     start = number * SHARD_CONTEXTS * config.context
     for batch in contexts.split(FORWARD_CONTEXTS):
-        for site, x in zip(sites, read_sites(model, sites, batch), strict=True):
+        for site, x in zip(sites, read(sites, batch), strict=True):
             keep = kept(config, x, bounds[site])
             values, rows = kinds[site]
             values.append(_stored(config, site, x[keep]))

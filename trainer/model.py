@@ -15,6 +15,9 @@ from steer_server.dictionary.site import Site
 from trainer.errors import BadConfig
 from trainer.files import sha256
 
+Read = Callable[[Sequence[Site], Tensor], list[Tensor]]
+"""Gives the sites' tensors, contexts x positions x d_model, of contexts that are full to the end."""
+
 _LAYERS = ("layers", "h", "blocks")
 _SUBLAYERS = {
     "mlp_out": ("mlp", "feed_forward", "ffn"),
