@@ -94,6 +94,14 @@ all other tagged tokens, with the threshold that has the best F1 on the training
     difference of means   the direction from the mean of all others to the class's
 """
 
+_SOURCES = """Both run the model on the same tokens of the configuration's corpus, and what differs is printed for each site:
+|x' - x| / |x| on the rows that a dictionary would be trained on, and how many of a token's strongest features of a
+given dictionary are the same. vLLM is started three times: in float32, in float32 with contexts computed in chunks, and
+in bfloat16. A dictionary is trained on what vLLM serves with
+
+    source = "vllm", and served_dtype as in `steer-server --dtype`
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 done, 1 an error told on stderr, 130 interrupted and resumable."""
@@ -174,6 +182,32 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--tokens", type=int, help="default: as many as in training")
     evaluate.set_defaults(run=_evaluate)
+
+    sources = commands.add_parser(
+        "sources",
+        help="activations from transformers and from vLLM: how far apart, how fast",
+        description=_SOURCES,
+        formatter_class=raw,
+    )
+    sources.add_argument("config", type=Path, help="TOML file, as of train")
+    sources.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="as of train",
+    )
+    sources.add_argument("--tokens", type=int, default=8192, help="to compare on; default 8192")
+    sources.add_argument(
+        "--dictionary",
+        type=Path,
+        action="append",
+        default=[],
+        dest="dictionaries",
+        help="folder of one whose features are compared; may be repeated",
+    )
+    sources.set_defaults(run=_sources)
 
     compare = commands.add_parser(
         "compare",
@@ -328,6 +362,19 @@ def _evaluate(options: argparse.Namespace) -> None:
             options.dictionary, options.model, options.corpus, options.tokens, stop
         )
     print(describe(quality))
+
+
+def _sources(options: argparse.Namespace) -> None:
+    from trainer.config import load
+
+    configs = load(options.config, options.overrides)
+    from steer_server.dictionary.site import Site
+    from trainer.difference import compare
+    from trainer.stop import Stop
+
+    sites = sorted({Site.parse(config.site) for config in configs})
+    with Stop() as stop:
+        print(compare(configs[0], sites, options.tokens, options.dictionaries, stop))
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -31,6 +31,8 @@ HARVEST_FIELDS = (
     "tokens",
     "eval_tokens",
     "activation_dtype",
+    "source",
+    "served_dtype",
     "data_seed",
     "threads",
 )
@@ -149,6 +151,10 @@ class TrainConfig:
     """Activations longer than this many medians are left out: attention sinks at other positions. 0: none are."""
     activation_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the activations as they are kept; a value that overflows stops the harvest."""
+    source: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model for the harvest; vllm is the serving engine, read as clients read it, of the same sites."""
+    served_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the model in vLLM, as `steer-server --dtype`; auto makes bfloat16 of float32."""
     storage: Literal["shards", "buffer"] = "shards"
     """`shards` keeps all activations on disk; `buffer` none: the model runs for every epoch, and twice after training."""
     buffer_rows: int = 131_072
@@ -196,7 +202,21 @@ class TrainConfig:
             )
         if not self.corpus or not all(share > 0 for share in self.corpus.values()):
             raise BadConfig("corpus needs at least one entry, each with a share above 0")
+        self._check_source()
         self._check_sparsity()
+
+    def _check_source(self) -> None:
+        if self.source != "vllm" and self.served_dtype != "auto":
+            raise BadConfig(
+                f'served_dtype is {self.served_dtype!r}, which is for source = "vllm"; '
+                f"source is {self.source!r}"
+            )
+        wanted = {"storage": "shards", "weights": "trained"}
+        for name, only in wanted.items():
+            if self.source == "vllm" and getattr(self, name) != only:
+                raise BadConfig(
+                    f'{name} is {getattr(self, name)!r}; with source = "vllm" it must be {only!r}'
+                )
 
     def _check_sparsity(self) -> None:
         if self.decay > 1 or not all(0 < share < 1 for share in self.prefixes):

@@ -3,7 +3,9 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +16,11 @@ from tqdm import tqdm
 
 from steer_server.dictionary.site import Site
 from trainer.config import TrainConfig
-from trainer.errors import BadCheckpoint, TrainerError
+from trainer.errors import BadCheckpoint, BadConfig, TrainerError
 from trainer.files import whole_file, write_json
-from trainer.model import load_model, load_tokenizer, read_sites, truncate
+from trainer.model import Read, load_model, load_tokenizer, read_sites, truncate
 from trainer.ranks import ALONE, Ranks
+from trainer.served import served
 from trainer.source import BySite, Rows, random_order
 from trainer.stop import Stop
 from trainer.tokens import pack
@@ -133,7 +136,8 @@ class Reader:
         self._config = config
         self._model: nn.Module | None = None
         if any(not (folder / str(site) / META).exists() for site in sites):
-            _find_max_norms(config, folder, self._loaded(), sites, self.tokens["train"])
+            read = partial(read_sites, self._loaded())
+            _find_max_norms(config, folder, read, sites, self.tokens["train"])
         self.max_norms = {site: _max_norm(folder, site) for site in sites}
 
     def read(self, group: int) -> Found:
@@ -183,22 +187,28 @@ def harvest(
         for number in range(ranks.rank, len(shards), ranks.size)
     }
     if any(lacking.values()):
-        model = truncate(load_model(config.model, config.weights, config.data_seed), sites)
-        if ranks.first:
-            _find_max_norms(config, folder, model, sites, contexts)
-        ranks.wait_for(
-            [folder / str(site) / META for site in sites], stop, "the harvest starts anew"
-        )
+        if ranks.size > 1 and config.source == "vllm":
+            raise BadConfig(
+                "one process harvests from vLLM: run `python -m trainer harvest` before torchrun"
+            )
         done = sum(len(shards[number]) for number, those in lacking.items() if not those)
-        with tqdm(
-            desc=f"harvest {', '.join(map(str, sites))}",
-            total=sum(shards[number].numel() for number in lacking),
-            initial=done * config.context,
-            unit=" tokens",
-        ) as bar:
+        with (
+            reader(config, sites, stop) as read,
+            tqdm(
+                desc=f"harvest {', '.join(map(str, sites))}",
+                total=sum(shards[number].numel() for number in lacking),
+                initial=done * config.context,
+                unit=" tokens",
+            ) as bar,
+        ):
+            if ranks.first:
+                _find_max_norms(config, folder, read, sites, contexts)
+            ranks.wait_for(
+                [folder / str(site) / META for site in sites], stop, "the harvest starts anew"
+            )
             for number, those in lacking.items():
                 if those:
-                    _write_shards(config, folder, model, those, number, shards[number], bar, stop)
+                    _write_shards(config, folder, read, those, number, shards[number], bar, stop)
             on_end(int(bar.n - bar.initial), bar.format_dict["elapsed"])
     written = (_shard(folder, site, number) for site in sites for number in range(len(shards)))
     ranks.wait_for(written, stop, "the harvest has every shard of this process")
@@ -211,6 +221,24 @@ def harvest(
         )
         for site in sites
     }
+
+
+@contextmanager
+def reader(config: TrainConfig, sites: Sequence[Site], stop: Stop) -> Iterator[Read]:
+    """While entered, what reads the sites: the model in this process, or the serving engine."""
+    if config.source == "vllm":
+        with served(config, sites, stop) as read:
+            stop.check("vLLM had started, and nothing else is new")
+            yield read
+    else:
+        model = load_model(config.model, config.weights, config.data_seed)
+        yield partial(read_sites, truncate(model, sites))
+
+
+def longest_kept(config: TrainConfig, x: Tensor) -> float:
+    """`max_norm_ratio` medians of |x|, contexts x positions x width, or what no float32 exceeds."""
+    median = x[:, config.skip_positions :].float().norm(dim=-1).median().item()
+    return median * config.max_norm_ratio or torch.finfo(torch.float32).max
 
 
 def kept(config: TrainConfig, x: Tensor, max_norm: float) -> Tensor:
@@ -239,24 +267,22 @@ def _max_norm(folder: Path, site: Site) -> float:
 
 
 def _find_max_norms(
-    config: TrainConfig, folder: Path, model: nn.Module, sites: Sequence[Site], contexts: Tensor
+    config: TrainConfig, folder: Path, read: Read, sites: Sequence[Site], contexts: Tensor
 ) -> None:
-    """`max_norm_ratio` medians of |x| over the first contexts, or what no float32 exceeds; found once per site."""
+    """As `longest_kept` over the first contexts, found once per site."""
     new = [site for site in sites if not (folder / str(site) / META).exists()]
     if not new:
         return
-    found = read_sites(model, new, contexts[:FORWARD_CONTEXTS])
+    found = read(new, contexts[:FORWARD_CONTEXTS])
     for site, x in zip(new, found, strict=True):
-        median = x[:, config.skip_positions :].float().norm(dim=-1).median().item()
-        bound = median * config.max_norm_ratio or torch.finfo(torch.float32).max
-        content = {"max_norm": bound, "site": str(site)}
+        content = {"max_norm": longest_kept(config, x), "site": str(site)}
         write_json(folder / str(site) / META, content | {"model": config.model})
 
 
 def _write_shards(
     config: TrainConfig,
     folder: Path,
-    model: nn.Module,
+    read: Read,
     sites: Sequence[Site],
     number: int,
     contexts: Tensor,
@@ -269,7 +295,7 @@ def _write_shards(
     bounds = {site: _max_norm(folder, site) for site in sites}
     start = number * SHARD_CONTEXTS * config.context
     for batch in contexts.split(FORWARD_CONTEXTS):
-        for site, x in zip(sites, read_sites(model, sites, batch), strict=True):
+        for site, x in zip(sites, read(sites, batch), strict=True):
             keep = kept(config, x, bounds[site])
             values, rows = kinds[site]
             values.append(_stored(config, site, x[keep]).cpu())

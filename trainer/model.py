@@ -16,6 +16,9 @@ from trainer.errors import BadConfig
 from trainer.files import sha256
 from trainer.structure import decoder_layers, main_tensor, place
 
+Read = Callable[[Sequence[Site], Tensor], list[Tensor]]
+"""Gives the sites' tensors, contexts x positions x width, of contexts that are full to the end."""
+
 
 def load_model(name: str, weights: str = "trained", seed: int = 0) -> nn.Module:
     """The whole causal model in its own dtype, ready for inference, on a GPU if there is one.

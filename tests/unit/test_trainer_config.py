@@ -48,6 +48,10 @@ k = 8
         ({"prefixes": [0.5, 1.0]}, "decay and prefixes are shares"),
         ({"preset": "papers"}, "preset is 'papers'; allowed are modern, paper"),
         ({"preset": ["paper"]}, r"preset is \['paper'\]; allowed are modern, paper"),
+        ({"source": "vllm", "storage": "buffer"}, "storage is 'buffer'; with source = \"vllm\" it"),
+        ({"source": "vllm", "weights": "random"}, "weights is 'random'; with source = \"vllm\" it"),
+        ({"source": "jax"}, "source is 'jax'; allowed are transformers, vllm"),
+        ({"served_dtype": "float32"}, "served_dtype is 'float32', which is for source = \"vllm\""),
         ({"context": 2}, "context is 2; with skip_positions 1 it must be at least 3"),
         ({"corpus": {}}, "corpus needs at least one entry"),
         ({"corpus": "a.txt"}, "corpus is 'a.txt'; it must be a table"),
@@ -83,7 +87,9 @@ def test_runs_share_a_harvest_unless_the_activations_differ() -> None:
     assert digest([config]) != digest([other_k])
     assert digest([config]) == digest([from_mapping(GOOD | {"out": "elsewhere"})])
     assert config.harvest_digest == from_mapping(GOOD | {"site": "mlp_out.3"}).harvest_digest
-    assert config.harvest_digest != from_mapping(GOOD | {"context": 64}).harvest_digest
+    vllm = {"source": "vllm"}
+    others = ({"context": 64}, vllm, vllm | {"served_dtype": "float32"})
+    assert len({from_mapping(GOOD | change).harvest_digest for change in ({}, *others)}) == 4
 
 
 def test_the_shipped_configuration_is_valid() -> None:
