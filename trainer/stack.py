@@ -65,6 +65,7 @@ class Stack:
             tuple(config.k for config in configs),
             first.loss_reduction == "mean",
             {0: d_model // 2, -1: 0}.get(first.aux_k, first.aux_k),
+            precision=first.precision,
             bandwidth=first.bandwidth,
             prefixes=prefixes(first.n_features, first.prefixes)
             if first.architecture == "matryoshka"
