@@ -52,10 +52,14 @@ class Compressed:
 
     def of_member(self, numbers: Tensor) -> Tensor:
         *_, features = self._places.shape
-        return torch.nn.functional.pad(numbers, (0, 1))[self._places.key // features]
+        return torch.nn.functional.pad(numbers, (0, 1)).index_select(
+            0, self._places.key // features
+        )
 
     def of_feature(self, numbers: Tensor) -> Tensor:
-        return torch.nn.functional.pad(numbers.reshape(-1), (0, 1))[self._places.key]
+        return torch.nn.functional.pad(numbers.reshape(-1), (0, 1)).index_select(
+            0, self._places.key
+        )
 
     def decode(self, W: Tensor) -> Tensor:
         places = self._places
@@ -130,7 +134,7 @@ class _Places:
             return part.new_full((room + 1,), rest).scatter_(0, place, part)[:-1]
 
         members, _, features = self.shape
-        ends = before[self.ends.clamp(max=room)]
+        ends = before.index_select(0, self.ends.clamp(max=room))
         ends[-1] = torch.maximum(ends[-1], torch.where(self.ends[-1] > room, self.ends[-1], 0))
         key, row = kept(self.key, members * features), kept(self.row, 0)
         return type(self)(self.shape, ends, key, row), kept(values, 0)
@@ -140,9 +144,9 @@ class _Places:
         members, tokens, features = self.shape
         width = last - first
         member = self.key // features
-        key = torch.where(
-            member < members, self.key - member * (features - width) - first, members * width
-        )
+        # Entries that had no room are NaN and stay, wherever they are.
+        column = (self.key % features).clamp(first, last - 1) - first
+        key = torch.where(member < members, member * width + column, members * width)
         return type(self)(torch.Size((members, tokens, width)), self.ends, key, self.row)
 
     def by_feature(self) -> tuple[Tensor, Tensor]:

@@ -58,15 +58,18 @@ def train(
             if place == 0:
                 order = epoch_order(config, activations.count, epoch)
             index = order[place * config.batch :][: config.batch]
-            x = (activations.gather(index) * scale).to(device())
+            x = activations.gather(index) * scale
             if not x.isfinite().all():
                 raise TrainerError(
                     f"an activation among those of step {step} is not finite; remove the harvest and run again"
                 )
             with torch.no_grad():
-                outcomes = [group.advance(x) for group in groups]
+                outcomes = [group.advance(x.to(device())) for group in groups]
             step += 1
-            _show(bar, groups, outcomes)
+            bar.update()
+            # Numbers of a GPU are worth waiting for now and then only.
+            if device().type == "cpu" or step % METRICS_EVERY == 0 or step == total:
+                _show(bar, groups, outcomes)
             if step % METRICS_EVERY == 0 or step == total:
                 _write_metrics(metrics, step, groups, outcomes)
             on_step(step)
@@ -105,7 +108,6 @@ def _show(bar: tqdm, groups: Sequence[Stack], outcomes: Sequence[Outcome]) -> No
         "FVU": torch.cat([outcome.fvu for outcome in outcomes]),
         "dead": torch.cat(shares),
     }
-    bar.update()
     shown = {name: _range(values) for name, values in columns.items()}
     bar.set_postfix(shown, refresh=False)
 
@@ -117,6 +119,7 @@ def _range(values: Tensor) -> str:
 
 def _write_metrics(file, step: int, groups: Sequence[Stack], outcomes: Sequence[Outcome]) -> None:
     for group, outcome in zip(groups, outcomes, strict=True):
+        group.check()
         dead = (group.quiet >= group.configs[0].dead_after).float().mean(dim=1)
         for member, config in enumerate(group.configs):
             line = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer import active
-from trainer.architectures import ARCHITECTURES, Hyper, Outcome, Stack, prefixes
+from trainer.architectures import ARCHITECTURES, Hyper, Outcome, Stack, TopK, prefixes
 from trainer.product import product
 
 MEMBERS, TOKENS, D, F = 3, 24, 10, 40
@@ -150,10 +150,12 @@ def test_loss_and_gradient_are_autograds(
     assert (outcome.l0 < F / 2).all()
 
 
-@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("form", ["dense", "sparse", "as on a GPU"])
 def test_dead_features_are_drawn_to_the_error(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """AuxK's loss and gradient; the error it explains is taken as given."""
     monkeypatch.setattr(active, "SPARSE_SHARE", 0.0 if form == "dense" else 1.0)
+    if form == "as on a GPU":
+        monkeypatch.setattr(TopK, "_revive", TopK._revive_all)
     p, x = case("top_k")
     dead = torch.zeros(MEMBERS, F, dtype=torch.bool)
     dead[0, :6] = True
