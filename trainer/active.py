@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
+from trainer.config import Precision
+from trainer.product import product
 from trainer.selection import nonzero, nth_largest
 
 with warnings.catch_warnings():
@@ -24,6 +26,9 @@ with warnings.catch_warnings():
 
 SPARSE_SHARE = 1 / 10
 """Of features active at a token below which products over the active ones are faster on a CPU."""
+CUDA_SHARES: dict[Precision, float] = {"float32": 1 / 32, "bfloat16": 1 / 256}
+"""The same on a GPU, reckoned for an H100 from its data sheet: 2 * bandwidth of the L2 / (bytes of a number * FLOP/s).
+`benchmarks/trainer_kernels.py` measures them."""
 
 
 class Active(Protocol):
@@ -83,21 +88,43 @@ class Active(Protocol):
         ...
 
 
-def at(mask: Bool[Tensor, "members tokens features"], values: Tensor) -> Active:
-    """The entries of `values` where `mask` is true, in the faster of the two forms."""
-    count = int(torch.count_nonzero(mask))
-    if mask.is_cuda or count > SPARSE_SHARE * mask.numel():
-        return Dense(torch.where(mask, values, 0.0), mask)
+def at(
+    mask: Bool[Tensor, "members tokens features"],
+    values: Tensor,
+    precision: Precision = "float32",
+    most: int | None = None,
+) -> Active:
+    """The entries of `values` where `mask` is true, in the fastest form.
+
+    `most` is how many there can be, if that is known: a GPU then need not be asked, and waited for.
+    """
+    if most is None or not mask.is_cuda:
+        most = int(torch.count_nonzero(mask))
+    share = CUDA_SHARES[precision] if mask.is_cuda else SPARSE_SHARE
+    if most > share * mask.numel():
+        return Dense(torch.where(mask, values, 0.0), mask, precision)
+    if mask.is_cuda:
+        # Triton comes with torch's CUDA builds only.
+        from trainer.active_cuda import Compressed
+
+        return Compressed.at(mask, values, most, precision)
     flat = nonzero(mask)
     return Sparse(_Places(flat, mask.shape), values.reshape(-1).index_select(0, flat))
 
 
-def at_columns(columns: Int[Tensor, "members tokens k"], keep: Tensor, values: Tensor) -> Active:
+def at_columns(
+    columns: Int[Tensor, "members tokens k"],
+    keep: Tensor,
+    values: Tensor,
+    precision: Precision = "float32",
+) -> Active:
     """The entries of `values` in those columns of each token, none of them twice, where `keep` is true."""
     features = values.shape[2]
     if values.is_cuda or columns.shape[2] > SPARSE_SHARE * features:
         mask = torch.zeros_like(values, dtype=torch.bool).scatter_(2, columns, keep)
-        return Dense(torch.where(mask, values, 0.0), mask)
+        if values.is_cuda:
+            return at(mask, values, precision, columns.numel())
+        return Dense(torch.where(mask, values, 0.0), mask, precision)
     starts = torch.arange(0, values.numel(), features).view(*columns.shape[:2], 1)
     flat = (columns + starts)[keep]
     return Sparse(_Places(flat, values.shape), values.reshape(-1).index_select(0, flat))
@@ -106,19 +133,21 @@ def at_columns(columns: Int[Tensor, "members tokens k"], keep: Tensor, values: T
 class Dense:
     """At full width."""
 
-    def __init__(self, values: Tensor, mask: Tensor) -> None:
+    def __init__(self, values: Tensor, mask: Tensor, precision: Precision = "float32") -> None:
         self.values = values
         self._mask = mask
+        self._precision: Precision = precision
 
     def like(self, values: Tensor) -> Self:
-        return type(self)(torch.where(self._mask, values, 0.0), self._mask)
+        return type(self)(torch.where(self._mask, values, 0.0), self._mask, self._precision)
 
     def only(self, keep: Tensor) -> Self:
         mask = self._mask & keep
-        return type(self)(torch.where(mask, self.values, 0.0), mask)
+        return type(self)(torch.where(mask, self.values, 0.0), mask, self._precision)
 
     def columns(self, first: int, last: int) -> Self:
-        return type(self)(self.values[:, :, first:last], self._mask[:, :, first:last])
+        part = slice(first, last)
+        return type(self)(self.values[:, :, part], self._mask[:, :, part], self._precision)
 
     def of_member(self, numbers: Tensor) -> Tensor:
         return numbers[:, None, None]
@@ -127,13 +156,14 @@ class Dense:
         return numbers[:, None, :]
 
     def decode(self, W: Tensor) -> Tensor:
-        return self.values @ W
+        return product(self.values, W, self._precision)
 
     def pull(self, g: Tensor, W: Tensor) -> Self:
-        return self.like(g @ W.mT)
+        return self.like(product(g, W.mT, self._precision))
 
     def transposed(self, g: Tensor) -> Tensor:
-        return self.values.mT @ g.expand(len(self.values), -1, -1)
+        g = g.expand(len(self.values), -1, -1)
+        return product(self.values.mT, g, self._precision)
 
     def sum_tokens(self) -> Tensor:
         return self.values.sum(dim=1)
@@ -152,7 +182,7 @@ class Sparse:
     """By token, members one after the other.
 
     Products with rows of a matrix are bags of an embedding, torch's fastest on a CPU, with the same sums whatever the
-    number of threads.
+    number of threads. They are in float32 whatever the precision.
     """
 
     def __init__(self, places: "_Places", values: Tensor) -> None:

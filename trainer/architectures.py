@@ -15,8 +15,10 @@ from torch import Tensor
 
 from steer_server.dictionary.dictionary import Activation, Dictionary
 from trainer.active import Active, at, at_columns
+from trainer.config import Precision
+from trainer.product import product
 from trainer.ranks import ALONE, Ranks
-from trainer.selection import top_k
+from trainer.selection import largest_of_all, top_k
 
 Stack = dict[str, Tensor]
 """Parameters, or their gradients, by name; [members, ...]."""
@@ -36,6 +38,8 @@ class Hyper:
     aux_k: int = 0
     """Dead features that AuxK lets explain the error; 0: none."""
     aux_weight: float = 1 / 32
+    precision: Precision = "float32"
+    """Of the factors of the large products."""
     bandwidth: float = 0.25
     """Of the kernel that gives JumpReLU's thresholds a gradient."""
     prefixes: tuple[int, ...] = ()
@@ -117,8 +121,8 @@ class Tied:
     def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
         norm = p["M"].norm(dim=2, keepdim=True).clamp(min=_LEAST_NORM)
         W = p["M"] / norm
-        z = _encode(x, W, p["b_enc"])
-        f = at(z > 0, z)
+        z = _encode(x, W, p["b_enc"], hyper.precision)
+        f = at(z > 0, z, hyper.precision)
         error = hyper.ranks.over_features(f.decode(W)) - x
         tokens = hyper.ranks.all_tokens(len(x))
         divisor = tokens * x.shape[1] if hyper.mean_over_d else tokens
@@ -152,8 +156,8 @@ class Relu:
         return _untied(n_features, d_model, mean, generator)
 
     def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
-        z = _encode(x, p["W_enc"], p["b_enc"])
-        f = at(z > 0, z)
+        z = _encode(x, p["W_enc"], p["b_enc"], hyper.precision)
+        f = at(z > 0, z, hyper.precision)
         error = hyper.ranks.over_features(f.decode(p["W_dec"])) + p["b_dec"][:, None] - x
         tokens = hyper.ranks.all_tokens(len(x))
         divisor = tokens * x.shape[1] if hyper.mean_over_d else tokens
@@ -198,7 +202,7 @@ class TopK:
 
     def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
         centred = x - p["b_dec"][:, None]
-        z = _encode(centred, p["W_enc"], p["b_enc"])
+        z = _encode(centred, p["W_enc"], p["b_enc"], hyper.precision)
         f, least = self._choose(z, hyper)
         ends = hyper.prefixes or (z.shape[2],)
         edges = list(zip((0, *ends), ends, strict=False))
@@ -223,7 +227,9 @@ class TopK:
         gradients = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}
         gradients["b_dec"] = hyper.ranks.once(g.sum(dim=1))
         if hyper.aux_k and hyper.dead is not None:
-            loss = loss + self._revive(p, centred, z, error, hyper, gradients)
+            at_once = z.is_cuda and hyper.ranks.size == 1
+            revive = self._revive_all if at_once else self._revive
+            loss = loss + revive(p, centred, z, error, hyper, gradients)
         _move_with_centre(p, gradients)
         _hold_unit_rows(p["W_dec"], gradients["W_dec"])
         l0 = f.count() / hyper.ranks.all_tokens(len(x))
@@ -243,17 +249,26 @@ class TopK:
         members, tokens, _ = z.shape
         if not self.over_batch:
             values, columns = top_k(z, min(max(hyper.k), z.shape[2]))
-            limit = torch.tensor(hyper.k, device=z.device)[:, None, None]
-            kept = (hyper.ranks.places(values) < limit) & (values > 0)
-            return at_columns(columns, kept, z), z.new_zeros(members)
+            places = hyper.ranks.places(values)
+            kept = torch.stack([own < k for own, k in zip(places, hyper.k, strict=True)])
+            return at_columns(columns, kept & (values > 0), z, hyper.precision), z.new_zeros(
+                members
+            )
         ranks = [hyper.ranks.all_tokens(tokens) * k for k in hyper.k]
         floor = z.new_zeros(members) if hyper.guess is None else hyper.guess
         if hyper.ranks.size > 1:
             least = hyper.ranks.nth_largest(z, ranks, floor).clamp(min=0.0)
-            return at((z >= least[:, None, None]) & (z > 0), z), least
-        f = at(z > floor[:, None, None], z)
+            return at((z >= least[:, None, None]) & (z > 0), z, hyper.precision), least
+        if z.is_cuda:
+            # Nothing here waits for the device to count.
+            least = largest_of_all(z, ranks)
+            # Activations equal to the smallest count, too: a repeated token may repeat it at each token.
+            most = sum(ranks) + members * tokens
+            chosen = (z >= least[:, None, None]) & (z > 0)
+            return at(chosen, z, hyper.precision, most), least
+        f = at(z > floor[:, None, None], z, hyper.precision)
         if any(count < rank for count, rank in zip(f.count().tolist(), ranks, strict=True)):
-            f = at(z > 0, z)
+            f = at(z > 0, z, hyper.precision)
         least = f.nth_largest(ranks)
         return f.only(f.values >= f.of_member(least)), least
 
@@ -276,9 +291,9 @@ class TopK:
                 values, columns = top_k(own, min(hyper.aux_k, len(rows)))
                 values = values.fill_(-torch.inf) if none else values
                 kept = (hyper.ranks.places(values) < hyper.aux_k) & (values > 0)
-                f = at_columns(columns, kept, own)
+                f = at_columns(columns, kept, own, hyper.precision)
             else:
-                f = at(own > 0, own)
+                f = at(own > 0, own, hyper.precision)
             W = p["W_dec"][member : member + 1].index_select(1, rows)
             missed = hyper.ranks.over_features(f.decode(W)) + error[member]
             total = hyper.ranks.over_tokens(error[member].square().sum())
@@ -294,6 +309,24 @@ class TopK:
                 gradients[name][member].index_add_(0, rows, gradient[0])
             losses[member] = hyper.ranks.once(weight * missed.square().sum())
         return losses
+
+    def _revive_all(
+        self, p: Stack, centred: Tensor, z: Tensor, error: Tensor, hyper: Hyper, gradients: Stack
+    ) -> Tensor:
+        """The same at the width of all features, for a GPU, which need not say then how many are dead."""
+        assert hyper.dead is not None
+        among = z.masked_fill(~hyper.dead[:, None], float("-inf"))
+        best = among.topk(min(hyper.aux_k, z.shape[2]), dim=2, sorted=False)
+        f = at_columns(best.indices, best.values > 0, z, hyper.precision)
+        missed = f.decode(p["W_dec"]) + error
+        weight = hyper.aux_weight / error.square().sum(dim=(1, 2)).clamp(min=_LEAST_NORM)
+        weight = torch.where(hyper.dead.any(dim=1), weight, 0.0)
+        g = missed * (2 * weight)[:, None, None]
+        pulled = f.pull(g, p["W_dec"])
+        gradients["W_enc"] += pulled.transposed(centred)
+        gradients["b_enc"] += pulled.sum_tokens()
+        gradients["W_dec"] += f.transposed(g)
+        return weight * missed.square().sum(dim=(1, 2))
 
 
 class JumpRelu:
@@ -314,14 +347,14 @@ class JumpRelu:
         return found | {"log_threshold": torch.full((n_features,), 0.5).log()}
 
     def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
-        z = _encode(x, p["W_enc"], p["b_enc"])
+        z = _encode(x, p["W_enc"], p["b_enc"], hyper.precision)
         threshold = p["log_threshold"].exp()
-        f = at(z > threshold[:, None], z)
+        f = at(z > threshold[:, None], z, hyper.precision)
         error = hyper.ranks.over_features(f.decode(p["W_dec"])) + p["b_dec"][:, None] - x
         tokens = hyper.ranks.all_tokens(len(x))
         g = error * (2 / tokens)
         pulled = f.pull(g, p["W_dec"])
-        near = at((z - threshold[:, None]).abs() < hyper.bandwidth / 2, z)
+        near = at((z - threshold[:, None]).abs() < hyper.bandwidth / 2, z, hyper.precision)
         weight = hyper.alpha / tokens
         felt = near.pull(g, p["W_dec"])
         slope = felt.values * near.of_feature(threshold) + near.of_member(weight)
@@ -362,12 +395,12 @@ class Gated:
 
     def step(self, p: Stack, x: Tensor, hyper: Hyper) -> tuple[Outcome, Stack]:
         centred = x - p["b_dec"][:, None]
-        y = _encode(centred, p["W_enc"], torch.zeros_like(p["b_gate"]))
+        y = _encode(centred, p["W_enc"], torch.zeros_like(p["b_gate"]), hyper.precision)
         gain = p["r_mag"].exp()
         strength = y * gain[:, None] + p["b_mag"][:, None]
         gate = y + p["b_gate"][:, None]
-        f = at((gate > 0) & (strength > 0), strength)
-        h = at(gate > 0, gate)
+        f = at((gate > 0) & (strength > 0), strength, hyper.precision)
+        h = at(gate > 0, gate, hyper.precision)
         error = hyper.ranks.over_features(f.decode(p["W_dec"])) - centred
         aside = hyper.ranks.over_features(h.decode(p["W_dec"])) - centred
         tokens = hyper.ranks.all_tokens(len(x))
@@ -424,9 +457,11 @@ def _untied(n_features: int, d_model: int, mean: Tensor, generator: torch.Genera
     return {"W_enc": W.clone(), "b_enc": torch.zeros(n_features), "W_dec": W, "b_dec": mean.clone()}
 
 
-def _encode(x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
+def _encode(x: Tensor, W: Tensor, bias: Tensor, precision: Precision) -> Tensor:
     """x W^T + bias of all members in one product, [members, tokens, features]; x may be one for all."""
     x = x.expand(len(W), -1, -1)
+    if precision != "float32":
+        return product(x, W.mT, precision).add_(bias[:, None])
     if len(W) == 1:
         return torch.addmm(bias[0], x[0], W[0].T)[None]
     return torch.baddbmm(bias[:, None], x, W.mT)

@@ -62,6 +62,7 @@ Architecture = Literal[
     "diff_mean",
 ]
 Parallel = Literal["data", "features", "members"]
+Precision = Literal["float32", "bfloat16"]
 BASELINES = ("pca", "ica", "random", "basis", "diff_mean")
 """Directions that are not trained."""
 _BY_K = ("batch_top_k", "top_k", "matryoshka")
@@ -137,6 +138,8 @@ class TrainConfig:
     """Dead features that help to explain the error, of those with a k; 0 stands for half of d_model, -1 for none."""
     dead_after: int = 200_000
     """Tokens without activation after which a feature counts as dead."""
+    precision: Precision = "float32"
+    """Of the factors of a step's large products; their sums, weights, gradients and moments are float32. For GPUs."""
     bandwidth: float = 0.25
     """Of the kernel that gives jump_relu's thresholds a gradient; along random directions, scaled activations vary by 1."""
     prefixes: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5)

@@ -32,6 +32,17 @@ def nth_largest(lists: Sequence[Float[Tensor, " _"]], ranks: Sequence[int]) -> F
     return torch.stack(found)
 
 
+def largest_of_all(
+    z: Float[Tensor, "members tokens features"], ranks: Sequence[int]
+) -> Float[Tensor, " members"]:
+    """Of each member's numbers above 0 the one of that rank; 0 where there are fewer. Waits for no device."""
+    found = [
+        own.topk(min(rank, len(own)), sorted=False).values.min()
+        for own, rank in zip(z.flatten(1), ranks, strict=True)
+    ]
+    return torch.stack(found).clamp(min=0.0)
+
+
 def top_k(
     z: Float[Tensor, "members tokens features"], k: int
 ) -> tuple[Float[Tensor, "members tokens k"], Int[Tensor, "members tokens k"]]:

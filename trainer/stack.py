@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from steer_server.dictionary.dictionary import Dictionary
-from trainer.architectures import ARCHITECTURES, Hyper, Outcome, prefixes
+from trainer.architectures import ARCHITECTURES, Hyper, Outcome, TopK, prefixes
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig, TrainerError
+from trainer.graph import Replayed
 from trainer.model import device
 from trainer.ranks import ALONE, Ranks
 
@@ -20,6 +21,8 @@ REPLICATED = ("b_dec",)
 """Parameters that every rank has whole when features are divided; all others have a row for each feature."""
 _MEMORY = 0.999
 """Of the running mean of BatchTopK's threshold."""
+_ASK_EVERY = 50
+"""Steps after which a GPU is asked again whether some feature is still dead."""
 _CACHE = 2**21
 """Activations that stay in a CPU's caches from one pass over them to the next."""
 
@@ -68,11 +71,18 @@ class Stack:
         self.threshold = torch.zeros(len(configs), device=device())
         self._guess = torch.zeros(len(configs), device=device())
         self._alpha = torch.tensor([config.alpha for config in configs], device=device())
+        self._now = torch.zeros((), dtype=torch.int64, device=device())
+        """The step, for the device."""
+        self._lost_at = torch.full((len(configs),), -1, dtype=torch.int64, device=device())
+        """The first step at which a loss was not finite; -1: none was."""
+        self._ask_at, self._some_dead = 0, True
+        self._replayed: Replayed | None = None
         self._hyper = Hyper(
-            self._alpha,
+            self._alpha.clone(),
             tuple(config.k for config in configs),
             first.loss_reduction == "mean",
             {0: d_model // 2, -1: 0}.get(first.aux_k, first.aux_k),
+            precision=first.precision,
             bandwidth=first.bandwidth,
             prefixes=tuple(map(ranks.count_own, prefixes(first.n_features, first.prefixes)))
             if first.architecture == "matryoshka"
@@ -84,45 +94,99 @@ class Stack:
             {name: stacked[member] for name, stacked in self.parameters.items()}
             for member in range(len(configs))
         ]
-        self._optimiser = torch.optim.Adam(
-            [{"params": list(slices.values())} for slices in self._slices], fused=True
-        )
+        on_gpu = device().type == "cuda"
+        groups = [
+            {"params": list(slices.values())}
+            | ({"lr": torch.zeros((), device=device())} if on_gpu else {})
+            for slices in self._slices
+        ]
+        self._optimiser = torch.optim.Adam(groups, fused=True, capturable=on_gpu)
 
     def advance(self, x: Tensor) -> Outcome:
-        """One step on a batch, or on this rank's tokens of it; TrainerError if it leads out of the numbers."""
+        """One step on a batch, or on this rank's tokens of it; TrainerError if it leads out of the numbers, on a GPU not before `check`.
+
+        On a GPU the outcome holds until the next step.
+        """
+        self._schedule()
+        revive = self._some_may_be_dead(len(x))
+        if x.is_cuda and isinstance(self._architecture, TopK) and self._ranks.size == 1:
+            # The others ask how many features are active, and wait for the answer.
+            self._replayed = self._replayed or Replayed(self.update)
+            outcome = self._replayed(x, revive)
+        else:
+            outcome = self.update(x, revive)
+        self.step += 1
+        if not x.is_cuda:
+            self.check()
+        return outcome
+
+    def update(self, x: Tensor, revive: bool) -> Outcome:
+        """The device's part of a step. `revive`: some feature may be dead."""
         first = self.configs[0]
-        warm = min(1.0, (self.step + 1) / first.sparsity_warmup) if first.sparsity_warmup else 1.0
         hyper = replace(
             self._hyper,
-            alpha=self._alpha * warm,
-            dead=self.quiet >= first.dead_after,
+            dead=self.quiet >= first.dead_after if revive else None,
             guess=self._guess,
         )
-        factor = self._factor(first)
         outcomes = []
         for block in self._blocks(len(x)):
             parameters = {name: value[block] for name, value in self.parameters.items()}
             found = self._architecture.step(parameters, x, hyper.of(block))
             outcome, gradients = self._together(*found)
-            _check_finite(self.configs[block], outcome.loss, self.step)
             _clip(gradients, first.clip, self._ranks)
             for number, slices in enumerate(self._slices[block]):
                 for name, parameter in slices.items():
                     parameter.grad = gradients[name][number]
             outcomes.append(outcome)
         outcome = Outcome(*(torch.cat(parts) for parts in zip(*outcomes, strict=True)))
-        for config, group in zip(self.configs, self._optimiser.param_groups, strict=True):
-            group["lr"] = config.learning_rate * factor
+        lost = ~outcome.loss.isfinite() & (self._lost_at < 0)
+        self._lost_at.copy_(torch.where(lost, self._now, self._lost_at))
         self._optimiser.step()
         if self._architecture.unit_decoder:
             W = self.parameters["W_dec"]
             W /= torch.linalg.vector_norm(W, dim=2, keepdim=True).clamp(min=1e-8)
         self.quiet += self._ranks.all_tokens(len(x))
-        self.quiet[outcome.fired] = 0
+        self.quiet.masked_fill_(outcome.fired, 0)
         self.threshold.lerp_(outcome.least_active, 1 - _MEMORY)
-        self._guess = 0.9 * outcome.least_active
-        self.step += 1
+        torch.mul(outcome.least_active, 0.9, out=self._guess)
+        self._now += 1
         return outcome
+
+    def check(self) -> None:
+        """TrainerError if a step led out of the numbers; waits for the device."""
+        lost = {c.out: at for c, at in zip(self.configs, self._lost_at.tolist(), strict=True)}
+        lost = {out: at for out, at in lost.items() if at >= 0}
+        if lost:
+            raise TrainerError(
+                f"the loss of {', '.join(lost)} is not finite at step {min(lost.values())}; the checkpoint "
+                "before it is kept: use a smaller lr"
+            )
+
+    def _schedule(self) -> None:
+        """Sets what depends on the number of the step."""
+        first = self.configs[0]
+        warm = min(1.0, (self.step + 1) / first.sparsity_warmup) if first.sparsity_warmup else 1.0
+        torch.mul(self._alpha, warm, out=self._hyper.alpha)
+        factor = self._factor(first)
+        for config, group in zip(self.configs, self._optimiser.param_groups, strict=True):
+            rate = config.learning_rate * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _some_may_be_dead(self, tokens: int) -> bool:
+        """Whether AuxK may have work; a GPU is asked only when the answer may have changed.
+
+        The step is the same, bit for bit, if it looks for dead features where there are none.
+        """
+        if device().type == "cpu" or not self._hyper.aux_k:
+            return True
+        if self.step >= self._ask_at:
+            left = self.configs[0].dead_after - int(self.quiet.max())
+            self._some_dead = left <= 0
+            self._ask_at = self.step + (_ASK_EVERY if left <= 0 else -(-left // tokens))
+        return self._some_dead
 
     def dead_share(self) -> Tensor:
         """Of each member's features."""
@@ -134,6 +198,7 @@ class Stack:
         self, scale: float, parameters: Mapping[str, Tensor] | None = None
     ) -> list[Dictionary]:
         """By member; x was multiplied by `scale` before training. `parameters` are those of all ranks' features."""
+        self.check()
         # The running mean began at 0.
         seen = 1 - _MEMORY**self.step
         found = []
@@ -145,7 +210,8 @@ class Stack:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps; TrainerError if there is nothing worth keeping."""
+        self.check()
         found = {f"p.{name}": value for name, value in self.parameters.items()}
         found |= {"quiet": self.quiet, "threshold": self.threshold}
         for member, slices in enumerate(self._slices):
@@ -156,7 +222,8 @@ class Stack:
 
     def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Takes over what `tensors` returned after that step; BadCheckpoint if it is not of this stack."""
-        self.step = step
+        self.step, self._ask_at, self._replayed = step, 0, None
+        self._now.fill_(step)
         for name, value in self.parameters.items():
             value.copy_(tensors[f"p.{name}"])
         self.quiet.copy_(tensors["quiet"])
@@ -217,20 +284,10 @@ def _clip(gradients: dict[str, Tensor], longest: float, ranks: Ranks) -> None:
     else:
         norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     factor = (longest / norm.clamp(min=1e-12)).clamp(max=1.0)
-    if (factor < 1).any():
+    # Times 1 is the same bits: a GPU is not asked.
+    if factor.is_cuda or (factor < 1).any():
         for gradient in gradients.values():
             gradient *= factor.view(-1, *[1] * (gradient.ndim - 1))
-
-
-def _check_finite(configs: Sequence[TrainConfig], losses: Tensor, step: int) -> None:
-    if not losses.isfinite().all():
-        lost = [
-            config.out for config, loss in zip(configs, losses, strict=True) if not loss.isfinite()
-        ]
-        raise TrainerError(
-            f"the loss of {', '.join(lost)} is not finite at step {step}; the checkpoint before it is "
-            "kept: use a smaller lr"
-        )
 
 
 def _check_memory(configs: Sequence[TrainConfig], d_model: int, ranks: Ranks) -> None:

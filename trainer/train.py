@@ -88,9 +88,9 @@ def train(
 
 
 def _scaled(batch: BySite, scales: Mapping[Site, tuple[float, Tensor]], step: int) -> BySite:
-    scaled = {site: (x * scales[site][0]).to(device()) for site, x in batch.items()}
+    scaled = {site: x * scales[site][0] for site, x in batch.items()}
     if not all(x.isfinite().all() for x in scaled.values()):
         raise TrainerError(
             f"an activation among those of step {step} is not finite; remove the harvest and run again"
         )
-    return scaled
+    return {site: x.to(device()) for site, x in scaled.items()}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,75 @@ def encode(
     return features, values, active
 
 
+def products(
+    device: str, mask: Tensor, values: Tensor, W: Tensor, g: Tensor, most: int, precision: str
+) -> dict[str, Tensor]:
+    """What `Compressed` says of the entries of `values` where `mask` is true."""
+    from trainer.active_cuda import Compressed
+
+    mask, values, W, g = (part.to(device) for part in (mask, values, W, g))
+    return everything(Compressed.at(mask, values, most, precision), W, g)
+
+
+def everything(f: Any, W: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Every function of an `Active`, at full width."""
+    members, features, _ = W.shape
+    of_member = torch.arange(1.0, 1 + members, device=g.device)
+    of_feature = torch.arange(1.0, 1 + members * features, device=g.device)
+    numbers = of_feature.view(members, features)
+    changed = f.pull(g, W)
+    changed = changed.like(changed.values * f.of_member(of_member) + f.of_feature(numbers))
+    every_feature = torch.eye(features, device=g.device).expand(members, -1, -1)
+    part = f.only(f.values > 0).columns(1, 6)
+    found = {
+        "decode": f.decode(W),
+        "transposed": f.transposed(g),
+        "pull, of_member, of_feature": changed.decode(every_feature),
+        "sum_tokens": f.sum_tokens(),
+        "count": f.count(),
+        "fired": f.fired(),
+        "nth_largest": f.nth_largest([2, 10**6][:members]),
+        "only, columns": part.decode(every_feature[:, 1:6]),
+        "only, columns, for all members": part.transposed(g[0]),
+        "only, columns, count": part.count(),
+    }
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def compressed(device: str, mask: Tensor, values: Tensor, most: int) -> list[Tensor]:
+    """The buffers of the entries: `key`, `row` and values."""
+    from trainer.active_cuda import Compressed
+
+    f = Compressed.at(mask.to(device), values.to(device), most)
+    return [part.cpu() for part in (f._places.key, f._places.row, f.values)]
+
+
+def step(device: str, name: str, p: dict[str, Tensor], x: Tensor, hyper: Any) -> Any:
+    """A step of the architecture with `Compressed` in all places; on CPU, too."""
+    from trainer import architectures
+    from trainer.active_cuda import Compressed
+
+    def at(mask: Tensor, values: Tensor, precision: Any, most: int | None = None) -> Compressed:
+        return Compressed.at(mask, values, most or int(mask.count_nonzero()), precision)
+
+    def at_columns(columns: Tensor, keep: Tensor, values: Tensor, precision: Any) -> Compressed:
+        mask = torch.zeros_like(values, dtype=torch.bool).scatter_(2, columns, keep)
+        return at(mask, values, precision, columns.numel())
+
+    def place(tensor: Any) -> Any:
+        return tensor.clone().to(device) if isinstance(tensor, Tensor) else tensor
+
+    usual = architectures.at, architectures.at_columns
+    architectures.at, architectures.at_columns = at, at_columns
+    hyper = replace(hyper, **{f.name: place(getattr(hyper, f.name)) for f in fields(hyper)})
+    p = {key: place(value) for key, value in p.items()}
+    try:
+        outcome, gradients = architectures.ARCHITECTURES[name].step(p, x.to(device), hyper)
+    finally:
+        architectures.at, architectures.at_columns = usual
+    return {key: value.cpu() for key, value in (outcome._asdict() | gradients).items()}
+
+
 def compile_for_cuda(arch: int, cache: str) -> dict[str, int]:
     """Compiles what a launch of each kernel needs, down to machine code; its size by kernel. Needs no GPU."""
     import triton
@@ -143,6 +212,13 @@ def compile_for_cuda(arch: int, cache: str) -> dict[str, int]:
     hidden = real.to(torch.bfloat16)
     edit_kernel.edit_rows(hidden, hidden.clone(), bank, lines, whole[0], whole[0], out)
     encode_kernel.encode_topk(real, real, real[0], real[0], 8, rows=whole[0, :n])
+
+    from trainer.active_cuda import Compressed
+
+    f = Compressed.at(real[None] > 0, real[None], 64, "bfloat16")
+    W = torch.zeros(1, d_model, 300)
+    f.pull(torch.zeros(1, n, 300), W).decode(W)
+    f.sum_tokens()
     return sizes
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from trainer import active
-from trainer.architectures import ARCHITECTURES, Hyper, Outcome, Stack, prefixes
+from trainer.architectures import ARCHITECTURES, Hyper, Outcome, Stack, TopK, prefixes
+from trainer.product import product
 
 MEMBERS, TOKENS, D, F = 3, 24, 10, 40
 ALPHA = torch.tensor([0.02, 0.1, 0.4], dtype=torch.float64)
@@ -149,10 +150,12 @@ def test_loss_and_gradient_are_autograds(
     assert (outcome.l0 < F / 2).all()
 
 
-@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("form", ["dense", "sparse", "as on a GPU"])
 def test_dead_features_are_drawn_to_the_error(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """AuxK's loss and gradient; the error it explains is taken as given."""
     monkeypatch.setattr(active, "SPARSE_SHARE", 0.0 if form == "dense" else 1.0)
+    if form == "as on a GPU":
+        monkeypatch.setattr(TopK, "_revive", TopK._revive_all)
     p, x = case("top_k")
     dead = torch.zeros(MEMBERS, F, dtype=torch.bool)
     dead[0, :6] = True
@@ -184,6 +187,39 @@ def test_the_papers_dictionary_starts_xavier_uniform_with_no_bias() -> None:
     assert not start["b_enc"].any()
     assert 0.999 * bound < start["M"].abs().max().item() <= bound
     assert start["M"].std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["tied_relu", "matryoshka", "jump_relu", "gated"])
+def test_a_step_in_bfloat16_is_close_and_keeps_float32(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(active, "SPARSE_SHARE", 0.0)
+    p, x = case(name)
+    p, x = {key: value.float() for key, value in p.items()}, x.float()
+    # Far from all thresholds, rounding turns no feature on or off.
+    exact = replace(hyper(name), alpha=ALPHA.float(), k=(F,) * MEMBERS)
+    p |= {key: p[key] + 30 for key in ("b_enc", "b_gate", "b_mag") if key in p}
+
+    want, exact_gradients = ARCHITECTURES[name].step(p, x, exact)
+    got, gradients = ARCHITECTURES[name].step(p, x, replace(exact, precision="bfloat16"))
+
+    for key, gradient in exact_gradients.items():
+        off = (gradients[key] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert gradients[key].dtype == torch.float32
+        assert off < 0.02, key
+    assert (got.loss != want.loss).any()
+    torch.testing.assert_close(got.loss, want.loss, rtol=0.02, atol=0)
+
+
+def test_a_product_in_bfloat16_rounds_its_factors_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 50, 50, generator=generator)
+    shared = a[:1].expand(3, -1, -1)
+
+    for left in (a, shared):
+        want = left.bfloat16().double() @ b.bfloat16().double()
+        torch.testing.assert_close(product(left, b, "bfloat16").double(), want, rtol=0, atol=1e-4)
+        assert torch.equal(product(left, b, "float32"), left @ b)
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.selection import nonzero, nth_largest, top_k
+from trainer.selection import largest_of_all, nonzero, nth_largest, top_k
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16), (1, 5, 7), (1, 1, 8), (3, 2, 0)])
@@ -36,3 +36,11 @@ def test_nth_largest_is_by_list_and_0_where_there_are_too_few() -> None:
     found = nth_largest(lists, [2, 2, 1])
 
     assert found.tolist() == [2.0, 0.0, 0.0]
+
+
+def test_the_largest_of_all_is_by_member_and_0_where_too_few_are_above() -> None:
+    z = torch.tensor([[[3.0, -1.0], [2.0, 3.0]], [[-1.0, -2.0], [5.0, -4.0]]])
+
+    assert largest_of_all(z, [2, 1]).tolist() == [3.0, 5.0]
+    assert largest_of_all(z, [3, 2]).tolist() == [2.0, 0.0]
+    assert largest_of_all(z, [9, 9]).tolist() == [0.0, 0.0]
