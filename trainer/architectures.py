@@ -249,7 +249,7 @@ class TopK:
         members, tokens, _ = z.shape
         if not self.over_batch:
             values, columns = top_k(z, min(max(hyper.k), z.shape[2]))
-            places = hyper.ranks.places(values)
+            places = hyper.ranks.places(values).expand_as(values)
             kept = torch.stack([own < k for own, k in zip(places, hyper.k, strict=True)])
             return at_columns(columns, kept & (values > 0), z, hyper.precision), z.new_zeros(
                 members

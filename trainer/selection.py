@@ -59,7 +59,8 @@ def top_k(
     rows = z.reshape(-1, features)
     grouped = rows[:, : features - features % group].unflatten(1, (-1, group))
     bound = grouped.amax(dim=2).topk(k, dim=1).values[:, -1:]
-    flat = nonzero(rows >= bound)
+    # What is no number is not below it, and is found too.
+    flat = nonzero((rows < bound).logical_not_())
     row = flat // features
     counts = torch.bincount(row, minlength=len(rows))
     place = torch.arange(len(flat)) - (counts.cumsum(dim=0) - counts).index_select(0, row)

@@ -180,7 +180,7 @@ class Stack:
 
         The step is the same, bit for bit, if it looks for dead features where there are none.
         """
-        if device().type == "cpu" or not self._hyper.aux_k:
+        if device().type == "cpu" or not self._hyper.aux_k or self._ranks.size > 1:
             return True
         if self.step >= self._ask_at:
             left = self.configs[0].dead_after - int(self.quiet.max())

@@ -44,3 +44,13 @@ def test_the_largest_of_all_is_by_member_and_0_where_too_few_are_above() -> None
     assert largest_of_all(z, [2, 1]).tolist() == [3.0, 5.0]
     assert largest_of_all(z, [3, 2]).tolist() == [2.0, 0.0]
     assert largest_of_all(z, [9, 9]).tolist() == [0.0, 0.0]
+
+
+def test_what_is_no_number_is_among_the_largest() -> None:
+    z = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
+    z[0, 1] = torch.nan
+
+    values, _ = top_k(z, 4)
+
+    assert values[0, 1].isnan().all()
+    assert torch.equal(values[0, ::2], z[0, ::2].topk(4).values)
