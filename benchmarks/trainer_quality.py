@@ -62,7 +62,8 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     corpus = {str(options.corpora / name): share for name, share in CORPUS.items()}
-    found = write(options.activations, options.model, corpus, SITE, options.tokens, options.threads)
+    tokens = (options.tokens, options.eval_tokens)
+    found = write(options.activations, options.model, corpus, SITE, tokens, options.threads)
     model = load_model(str(options.model))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, Stop() as stop:
@@ -184,6 +185,7 @@ def _options() -> argparse.Namespace:
         "--libraries", nargs="+", choices=[STEER, *RELEASES], default=[STEER, *RELEASES]
     )
     made.add_argument("--tokens", type=int, default=1_000_000, help="of both corpora together")
+    made.add_argument("--eval-tokens", type=int, default=32_768, help="held out")
     made.add_argument("--n-features", type=int, default=4608)
     made.add_argument("--k", type=int, default=32)
     made.add_argument("--batch", type=int, default=1024, help="a multiple of 256")
@@ -194,7 +196,7 @@ def _options() -> argparse.Namespace:
     made.add_argument("--corpora", type=Path, default=Path("corpora"))
     options = made.parse_args()
     if options.quick:
-        options.tokens = 50_000
+        options.tokens, options.eval_tokens = 50_000, 4096
     return options
 
 

@@ -8,7 +8,6 @@ taken within a round; a table has their medians, the JSON their ranges as well.
     top_k, batch_top_k   one dictionary of 4,608 features, k = 32
     wide                 one of 16,384 features, k = 32
     sweep                the paper's 16 dictionaries of 1,152 features, L1 from 1e-4 to 1e-2, in one pass
-    end_to_end           top_k from text: model, harvest or buffer, training; a fresh process each round
 
 All of them: the model's resid_post.10, width 576, batches of 2,048, float32 without autocast, the same number of threads,
 the same release of torch, no logging. Of the rest, each library has what its makers recommend:
@@ -44,7 +43,7 @@ from tqdm import tqdm
 from trainers.environments import RELEASES, STEER, python, title
 from trainers.worker import Worker
 
-D_MODEL, BATCH, SITE, TOKENS = 576, 2048, "resid_post.10", 131_072
+D_MODEL, BATCH, SITE, TOKENS = 576, 2048, "resid_post.10", (131_072, 1024)
 TORCH = "torch"
 """Stands in the place of a library for products alone."""
 LIBRARIES = [STEER, *RELEASES, TORCH]

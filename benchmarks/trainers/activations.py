@@ -15,9 +15,17 @@ from trainer.stop import Stop
 
 
 def write(
-    path: Path, model: Path, corpus: Mapping[str, float], site: str, tokens: int, threads: int
+    path: Path,
+    model: Path,
+    corpus: Mapping[str, float],
+    site: str,
+    tokens: tuple[int, int],
+    threads: int,
 ) -> Activations:
-    """The harvest of so many tokens, copied to `path` if it is not there yet; itself it stays beside the file."""
+    """The harvest, copied to `path` if it is not there yet; itself it stays beside the file.
+
+    `tokens` are those of training and those held out.
+    """
     torch.set_num_threads(threads)
     config = from_mapping(
         {
@@ -25,7 +33,8 @@ def write(
             "site": site,
             "corpus": corpus,
             "out": "none",
-            "tokens": tokens,
+            "tokens": tokens[0],
+            "eval_tokens": tokens[1],
             "n_features": 1,
             "architecture": "relu",
             "activation_dtype": "float32",

@@ -30,4 +30,4 @@ def test_the_throughput_of_our_trainer_is_measured(tmp_path: Path) -> None:
     (ours,) = case["contestants"].values()
     assert ours["ratio"]["median"] == 1
     assert ours["dictionary_tokens_per_second"] > 0
-    assert 0 < ours["cpu_ms"]
+    assert ours["cpu_ms"] > 0
