@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model corpus protos demo serve test test-nightly test-versions test-prometheus check bench
+.PHONY: help setup lock model corpus protos demo serve test test-nightly test-versions test-prometheus check bench bench-trainers
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -66,3 +66,7 @@ bench: model ## benchmarks; results as JSON in build/
 	$(BIN)/python benchmarks/serving_overhead.py --compiled --json build/serving_overhead_compiled.json
 	$(BIN)/python benchmarks/growth.py --json build/growth.json --plot build/growth.svg
 	$(BIN)/python benchmarks/live_update.py --json build/live_update.json
+
+bench-trainers: model corpus ## the trainer against SAELens, sparsify and dictionary_learning (5 GB, hours)
+	$(BIN)/python benchmarks/trainer_throughput.py --json build/trainer_throughput.json
+	$(BIN)/python benchmarks/trainer_quality.py --json build/trainer_quality.json

@@ -6,12 +6,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-import vllm
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -36,12 +33,14 @@ def add_engine_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--compiled", action="store_true")
 
 
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    """When, on what and with what a result was measured."""
+def circumstances(
+    options: argparse.Namespace, versions: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """When, on what and with what a result was measured; `versions` are the engine's unless given."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{_cpu()}, {os.cpu_count()} cores",
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+        "versions": _engine_versions() if versions is None else versions,
         "model": options.model.name,
     }
 
@@ -55,12 +54,25 @@ def measure(
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     result = asyncio.run(main(options))  # type: ignore[arg-type]
+    publish(options, result)
+    return result
+
+
+def publish(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Prints the result and writes it where the options say."""
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(text + "\n")
-    return result
+
+
+def _engine_versions() -> dict[str, str]:
+    # Only benchmarks of the engine wait for it to be imported.
+    import torch
+    import vllm
+
+    return {"vllm": vllm.__version__, "torch": torch.__version__}
 
 
 def _cpu() -> str:

@@ -12,7 +12,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = {"README.md": ("costs",), "benchmarks/README.md": ("serving_overhead",)}
+PAGES = {
+    "README.md": ("costs",),
+    "benchmarks/README.md": ("serving_overhead", "trainer_throughput", "trainer_quality"),
+}
 """Markers by page."""
 
 CASES = {
@@ -32,6 +35,14 @@ LOADS = {
     "prompt_16x32": "16 prompts of 32",
     "batch_64": "batch 64",
 }
+
+TRAINER_CASES = {
+    "top_k": "TopK, 4,608 features",
+    "batch_top_k": "BatchTopK, 4,608",
+    "wide": "TopK, 16,384",
+    "sweep": "16 L1 dictionaries of 1,152",
+}
+_UNMEASURED = "No run is committed yet."
 
 
 def costs() -> str:
@@ -53,6 +64,64 @@ def costs() -> str:
 def serving_overhead() -> str:
     """Speed against plain vLLM: for each mode a table, a row a case and a column a load."""
     return "\n\n".join(map(_overhead, _results()))
+
+
+def trainer_throughput() -> str:
+    """How many times as long as ours the other trainers take, a row a trainer and a column a case."""
+    path = RESULTS / "trainer_throughput.json"
+    if not path.exists():
+        return _UNMEASURED
+    result = json.loads(path.read_text())
+    cases = {name: title for name, title in TRAINER_CASES.items() if name in result["cases"]}
+    rows: dict[str, dict[str, str]] = {}
+    for case in cases:
+        for name, found in result["cases"][case]["contestants"].items():
+            rows.setdefault(_trainer(name, found["title"]), {})[case] = _speed(found)
+    lines = [
+        f"Batches of {result['batch']:,}, float32, {result['threads']} threads, medians of {result['rounds']} "
+        f"interleaved rounds; {result['hardware']}; torch {result['versions']['torch']}; {result['date']}:",
+        "",
+        f"| | {' | '.join(cases.values())} |",
+        "|---|" + "---|" * len(cases),
+    ]
+    lines += [
+        f"| {row} | {' | '.join(cells.get(case, '') for case in cases)} |"
+        for row, cells in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def _trainer(name: str, title: str) -> str:
+    return " ".join([title, *name.split()[1:]])
+
+
+def _speed(found: dict[str, Any]) -> str:
+    if "gflop_per_second" in found:
+        return f"{found['ms']:,.0f} ms, {found['gflop_per_second']:,.0f} GFLOP/s"
+    ratio = found["ratio"]
+    share = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    return f"{found['ms']:,.0f} ms" if ratio["min"] == ratio["max"] == 1 else share
+
+
+def trainer_quality() -> str:
+    """Dictionaries of all trainers on held-out text, at the same L0."""
+    path = RESULTS / "trainer_quality.json"
+    if not path.exists():
+        return _UNMEASURED
+    result = json.loads(path.read_text())
+    lines = [
+        f"{result['model']} at {result['site']}, {result['tokens']:,} tokens, {result['n_features']:,} features, "
+        f"k = {result['k']}, batches of {result['batch']:,}; {result['date']}:",
+        "",
+        "| | L0 | FVU | delta-CE | active on no token |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {found['title']}, {found['architecture']} | {found['l0']:.1f} | {found['fvu']:.3f} | "
+        f"{found['delta_ce']:.3f} | {found['dead_share']:.1%} |"
+        for found in result["dictionaries"]
+    ]
+    return "\n".join(lines)
 
 
 def _results() -> list[dict[str, Any]]:
@@ -82,7 +151,12 @@ def _cell(found: dict[str, Any], case: str) -> str:
     return f"{found['ratios'][case]:.2f}" + ("" if own is None else f" / {own:.3f}")
 
 
-TABLES = {"costs": costs, "serving_overhead": serving_overhead}
+TABLES = {
+    "costs": costs,
+    "serving_overhead": serving_overhead,
+    "trainer_throughput": trainer_throughput,
+    "trainer_quality": trainer_quality,
+}
 
 
 def filled(page: str) -> str:

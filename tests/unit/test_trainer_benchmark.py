@@ -1,0 +1,33 @@
+"""The benchmark of the trainer runs, with ours alone: the other libraries are not installed here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_throughput_of_our_trainer_is_measured(tmp_path: Path) -> None:
+    activations = tmp_path / "x.f32"
+    activations.write_bytes(torch.randn(512, 576).numpy().tobytes())
+    options = {
+        "--only": "top_k",
+        "--libraries": "steer",
+        "--n-features": "64",
+        "--batch": "128",
+        "--threads": "1",
+        "--activations": activations,
+        "--json": tmp_path / "result.json",
+    }
+    script = ROOT / "benchmarks" / "trainer_throughput.py"
+    arguments = [str(part) for pair in options.items() for part in pair]
+    subprocess.run([sys.executable, script, "--quick", *arguments], cwd=ROOT, check=True)
+
+    (case,) = json.loads((tmp_path / "result.json").read_text())["cases"].values()
+    (ours,) = case["contestants"].values()
+    assert ours["ratio"]["median"] == 1
+    assert ours["dictionary_tokens_per_second"] > 0
+    assert ours["cpu_ms"] > 0
