@@ -38,7 +38,7 @@ class Active(Protocol):
     """The entries; of full width, 0 between them, if it is dense."""
 
     def like(self, values: Tensor) -> Self:
-        """Other entries in the same places."""
+        """Other entries in the same places; takes `values` over."""
         ...
 
     def only(self, keep: Tensor) -> Self:
@@ -62,9 +62,12 @@ class Active(Protocol):
         ...
 
     def pull(
-        self, g: Float[Tensor, "members tokens d"], W: Float[Tensor, "members features d"]
+        self,
+        g: Float[Tensor, "members tokens d"],
+        W: Float[Tensor, "members features d"],
+        plus: Tensor | None = None,
     ) -> Self:
-        """g W^T in the same places."""
+        """g W^T in the same places, with what `of_member` or `of_feature` gave added."""
         ...
 
     def transposed(
@@ -139,7 +142,8 @@ class Dense:
         self._precision: Precision = precision
 
     def like(self, values: Tensor) -> Self:
-        return type(self)(torch.where(self._mask, values, 0.0), self._mask, self._precision)
+        values.masked_fill_(~self._mask, 0.0)
+        return type(self)(values, self._mask, self._precision)
 
     def only(self, keep: Tensor) -> Self:
         mask = self._mask & keep
@@ -158,8 +162,9 @@ class Dense:
     def decode(self, W: Tensor) -> Tensor:
         return product(self.values, W, self._precision)
 
-    def pull(self, g: Tensor, W: Tensor) -> Self:
-        return self.like(product(g, W.mT, self._precision))
+    def pull(self, g: Tensor, W: Tensor, plus: Tensor | None = None) -> Self:
+        values = product(g, W.mT, self._precision)
+        return self.like(values if plus is None else values.add_(plus))
 
     def transposed(self, g: Tensor) -> Tensor:
         g = g.expand(len(self.values), -1, -1)
@@ -169,7 +174,7 @@ class Dense:
         return self.values.sum(dim=1)
 
     def count(self) -> Tensor:
-        return self._mask.sum(dim=(1, 2)).to(self.values.dtype)
+        return torch.stack([torch.count_nonzero(own) for own in self._mask]).to(self.values.dtype)
 
     def nth_largest(self, ranks: Sequence[int]) -> Tensor:
         return nth_largest([v[m] for v, m in zip(self.values, self._mask, strict=True)], ranks)
@@ -218,7 +223,7 @@ class Sparse:
         found = _bags(W.flatten(0, 1), self._places.feature, starts, self.values)
         return found.view(members, tokens, -1)
 
-    def pull(self, g: Tensor, W: Tensor) -> Self:
+    def pull(self, g: Tensor, W: Tensor, plus: Tensor | None = None) -> Self:
         members, tokens, features = self._places.shape
         # Members stand along the diagonal of one matrix.
         pattern = torch.sparse_csr_tensor(
@@ -229,7 +234,8 @@ class Sparse:
             check_invariants=False,
         )
         left, right = g.flatten(0, 1), W.flatten(0, 1).mT
-        return self.like(torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values())
+        values = torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
+        return self.like(values if plus is None else values.add_(plus))
 
     def transposed(self, g: Tensor) -> Tensor:
         members, tokens, features = self._places.shape

@@ -65,9 +65,10 @@ class Compressed:
         places = self._places
         return weighted_sum(self.values, places.key, None, places.ends, rounded(W, self._precision))
 
-    def pull(self, g: Tensor, W: Tensor) -> Self:
+    def pull(self, g: Tensor, W: Tensor, plus: Tensor | None = None) -> Self:
         g, W = rounded(g, self._precision), rounded(W, self._precision)
-        return self.like(dot(self._places.key, self._places.ends, g, W))
+        values = dot(self._places.key, self._places.ends, g, W)
+        return self.like(values if plus is None else values + plus)
 
     def transposed(self, g: Tensor) -> Tensor:
         members, _, _ = self._places.shape

@@ -127,8 +127,7 @@ class Tied:
         tokens = hyper.ranks.all_tokens(len(x))
         divisor = tokens * x.shape[1] if hyper.mean_over_d else tokens
         g = error * (2 / divisor)
-        pulled = f.pull(g, W)
-        pulled = f.like(pulled.values + f.of_member(hyper.alpha / tokens))
+        pulled = f.pull(g, W, plus=f.of_member(hyper.alpha / tokens))
         dW = f.transposed(g) + pulled.transposed(x)
         # d(M/|M|): only the part of dW across the row turns it; along the row the norm undoes it.
         dM = dW.addcmul_(W, (dW * W).sum(dim=2, keepdim=True), value=-1.0).div_(norm)
@@ -164,8 +163,7 @@ class Relu:
         g = error * (2 / divisor)
         weight = hyper.alpha / tokens
         norm = p["W_dec"].norm(dim=2)
-        pulled = f.pull(g, p["W_dec"])
-        pulled = f.like(pulled.values + f.of_feature(weight[:, None] * norm))
+        pulled = f.pull(g, p["W_dec"], plus=f.of_feature(weight[:, None] * norm))
         total = f.sum_tokens()
         shrink = weight[:, None] * total / norm.clamp(min=_LEAST_NORM)
         gradients = {
@@ -408,8 +406,7 @@ class Gated:
         weight = hyper.alpha / tokens
         pulled = f.pull(g, p["W_dec"])
         through = f.like(pulled.values * f.of_feature(gain))
-        opened = h.pull(aside * (2 / tokens), p["W_dec"])
-        opened = h.like(opened.values + h.of_member(weight))
+        opened = h.pull(aside * (2 / tokens), p["W_dec"], plus=h.of_member(weight))
         # exp(r_mag) y is what is left of the strength without its bias.
         by_gain = f.like(pulled.values * (f.values - f.of_feature(p["b_mag"])))
         gradients = {
