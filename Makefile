@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model corpus protos demo serve test test-nightly test-versions test-prometheus check bench bench-trainers
+.PHONY: help setup lock model corpus protos demo serve test test-unit test-nightly test-versions test-prometheus check bench bench-trainers
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -39,8 +39,15 @@ demo: model ## start the server, look at features, edit them, stop
 serve: model ## the demo's server, until Ctrl-C
 	$(BIN)/steer-server --config examples/server.toml
 
-test: model ## unit tests and end-to-end tests with the real model in real vLLM
-	$(BIN)/pytest -m "not prometheus and not gpu and not nightly"
+# Unit tests need one core, the engine leaves about as much.
+test: model ## unit tests, and beside them end-to-end tests with the real model in real vLLM
+	mkdir -p build
+	@$(MAKE) --no-print-directory test-unit > build/unit-tests.log 2>&1 & unit=$$!; trap 'kill $$unit' INT TERM; \
+	$(BIN)/pytest -m "e2e and not prometheus and not gpu and not nightly"; e2e=$$?; \
+	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((e2e || unit))
+
+test-unit: model ## what needs no engine
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not e2e and not prometheus and not gpu and not nightly"
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/unit/test_runtime.py
 
 test-nightly: model ## what takes hours: 200 random batches, 5,000 requests, the V2 model runner, more model families
