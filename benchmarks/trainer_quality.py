@@ -6,8 +6,8 @@ batches of the same size, to the same number of features and the same k. What co
 are measured by `trainer.evaluate` on held-out text.
 
 A dictionary with a threshold (BatchTopK, Matryoshka) may have another L0 on new text than its k. To be compared at the
-same L0, each such dictionary gets the threshold with which a sample of the training activations has k active features
-a token; `trained_l0` is what its own threshold gave there.
+same L0, each such dictionary gets the threshold with which the held-out tokens have k active features on average;
+`own_l0` is what its own threshold gave there.
 
 Settings are those of `trainer_throughput.py`, with the schedules that the makers recommend: SAELens lets the learning
 rate fall in the last fifth; dictionary_learning too, and its warm-up of 1,000 steps and the start of its threshold are
@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from common import circumstances, parser, publish
 from safetensors import safe_open
-from torch import Tensor
-from trainers.activations import mapped, write
+from torch import Tensor, nn
+from trainers.activations import write
 from trainers.environments import RELEASES, STEER, python, title
 from trainers.worker import Worker
 
@@ -38,7 +38,7 @@ from steer_server.dictionary.dictionary import Activation, Dictionary
 from steer_server.dictionary.site import Site
 from trainer.evaluate import evaluate
 from trainer.harvest import Activations
-from trainer.model import load_model
+from trainer.model import load_model, read_sites
 from trainer.stop import Stop
 
 SITE = "resid_post.10"
@@ -53,8 +53,7 @@ CONTESTANTS = (
     ("dictionary_learning", "top_k"),
     ("dictionary_learning", "batch_top_k"),
 )
-SAMPLE = 16384
-"""Training activations that a threshold is found on."""
+SKIP_POSITIONS = 1
 TOLERANCE = 1e-5
 
 
@@ -65,6 +64,7 @@ def main() -> None:
     tokens = (options.tokens, options.eval_tokens)
     found = write(options.activations, options.model, corpus, SITE, tokens, options.threads)
     model = load_model(str(options.model))
+    x = _heldout(model, found)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, Stop() as stop:
         for library, architecture in CONTESTANTS:
@@ -73,13 +73,19 @@ def main() -> None:
             path = Path(folder) / f"{library}-{architecture}.safetensors"
             seconds = trained(options, library, architecture, found, path)
             dictionary = taken_over(path)
-            dictionary, trained_l0 = _at_k(dictionary, options)
+            dictionary, own_l0 = _at_k(dictionary, options.k, x)
             quality = evaluate(
-                model, Site.parse(SITE), dictionary, found.heldout, 1, found.max_norm, stop
+                model,
+                Site.parse(SITE),
+                dictionary,
+                found.heldout,
+                SKIP_POSITIONS,
+                found.max_norm,
+                stop,
             )
             rows.append(
                 {"library": library, "title": title(library), "architecture": architecture}
-                | {"seconds": round(seconds, 1), "trained_l0": round(trained_l0, 2)}
+                | {"seconds": round(seconds, 1), "own_l0": round(own_l0, 2)}
                 | asdict(quality)
             )
             print(json.dumps(rows[-1]))
@@ -150,18 +156,26 @@ def taken_over(path: Path) -> Dictionary:
     return dictionary
 
 
-def _at_k(dictionary: Dictionary, options: argparse.Namespace) -> tuple[Dictionary, float]:
-    """The dictionary with k active features a token, and how many it had."""
-    x = mapped(options.activations, dictionary.d_model)
-    x = x[:: max(1, len(x) // SAMPLE)][:SAMPLE]
+def _heldout(model: nn.Module, activations: Activations) -> Tensor:
+    """The activations that evaluation looks at."""
+    found = []
+    for contexts in activations.heldout.split(4):
+        (x,) = read_sites(model, [Site.parse(SITE)], contexts)
+        keep = x.norm(dim=-1) <= activations.max_norm
+        keep[:, :SKIP_POSITIONS] = False
+        found.append(x[keep])
+    return torch.cat(found)
+
+
+def _at_k(dictionary: Dictionary, k: int, x: Tensor) -> tuple[Dictionary, float]:
+    """The dictionary with k active features a token of `x`, and how many it had."""
     l0 = sum(int(torch.count_nonzero(dictionary.encode(part))) for part in x.split(1024)) / len(x)
     if dictionary.threshold is None:
         return dictionary, l0
     # Without its threshold, so that a lower one can be found as well.
     free = replace(dictionary, threshold=torch.zeros_like(dictionary.threshold))
-    wanted = options.k * len(x)
-    values = torch.cat([_largest(free.encode(part), 16 * options.k) for part in x.split(1024)])
-    least = values.topk(min(wanted, len(values)), sorted=False).values.min()
+    values = torch.cat([_largest(free.encode(part), 16 * k) for part in x.split(1024)])
+    least = values.topk(k * len(x), sorted=False).values.min()
     # A feature is active above its threshold.
     below = torch.nextafter(least, torch.zeros(()))
     return replace(dictionary, threshold=below.expand(dictionary.n_features).clone()), l0

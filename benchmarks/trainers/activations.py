@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy
 import torch
-from torch import Tensor
 
 from steer_server.dictionary.site import Site
 from trainer.config import from_mapping
@@ -50,9 +48,3 @@ def write(
             for shard in found.shards:
                 file.write(shard.numpy().tobytes())
     return found
-
-
-def mapped(path: Path, d_model: int) -> Tensor:
-    """The file's rows."""
-    rows = numpy.memmap(path, dtype=numpy.float32, mode="c")
-    return torch.from_numpy(rows.reshape(-1, d_model))
