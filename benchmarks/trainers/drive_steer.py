@@ -8,6 +8,7 @@ import torch
 from gate import Gate
 from torch import Tensor
 
+from steer_server.dictionary.site import Site
 from trainer.config import from_mapping
 from trainer.harvest import Activations
 from trainer.stop import Stop
@@ -56,7 +57,7 @@ def main() -> None:
     ]
     shards = list(gate.x.split(_SHARD))
     none = torch.empty(0, dtype=torch.int32)
-    activations = Gated(shards, [], none, none, float("inf"), gate=gate)
+    activations = Gated(shards, [], none, none, float("inf"), Site.parse(keys["site"]), gate=gate)
     with tempfile.TemporaryDirectory() as folder, Stop() as stop:
         (dictionary, *_) = train(configs, activations, Path(folder), stop)
     kind = {
