@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trainer.architectures import Outcome
+from trainer.step import Outcome
 
 _WARM_UP = 3
 """Ordinary calls before: Triton compiles, cuBLAS allocates, the optimiser makes its state."""

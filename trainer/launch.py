@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer.architectures import prefixes
 from trainer.config import BASELINES, TrainConfig
 from trainer.errors import BadConfig
 from trainer.ranks import ALONE, Ranks, reaching_all
+from trainer.top_k import prefixes
 
 
 @contextmanager

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.architectures import Outcome
 from trainer.config import TrainConfig
 from trainer.errors import BadConfig
 from trainer.files import whole_file
+from trainer.step import Outcome
 
 EVERY = 50
 """Steps between two lines."""

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from steer_server.dictionary.dictionary import Dictionary
-from trainer.architectures import ARCHITECTURES, Hyper, Outcome, TopK, prefixes
+from trainer.architectures import ARCHITECTURES
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig, TrainerError
 from trainer.graph import Replayed
 from trainer.model import device
 from trainer.ranks import ALONE, Ranks
+from trainer.step import Hyper, Outcome
+from trainer.top_k import TopK, prefixes
 
 _FREE = {"k", "alpha", "lr", "seed", "out"}
 """What members of a stack may differ in."""

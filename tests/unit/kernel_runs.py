@@ -150,8 +150,9 @@ def compressed(device: str, mask: Tensor, values: Tensor, most: int) -> list[Ten
 
 def step(device: str, name: str, p: dict[str, Tensor], x: Tensor, hyper: Any) -> Any:
     """A step of the architecture with `Compressed` in all places; on CPU, too."""
-    from trainer import architectures
+    from trainer import penalised, top_k
     from trainer.active_cuda import Compressed
+    from trainer.architectures import ARCHITECTURES
 
     def at(mask: Tensor, values: Tensor, precision: Any, most: int | None = None) -> Compressed:
         return Compressed.at(mask, values, most or int(mask.count_nonzero()), precision)
@@ -163,14 +164,16 @@ def step(device: str, name: str, p: dict[str, Tensor], x: Tensor, hyper: Any) ->
     def place(tensor: Any) -> Any:
         return tensor.clone().to(device) if isinstance(tensor, Tensor) else tensor
 
-    usual = architectures.at, architectures.at_columns
-    architectures.at, architectures.at_columns = at, at_columns
+    usual = top_k.at, top_k.at_columns
+    penalised.at = top_k.at = at
+    top_k.at_columns = at_columns
     hyper = replace(hyper, **{f.name: place(getattr(hyper, f.name)) for f in fields(hyper)})
     p = {key: place(value) for key, value in p.items()}
     try:
-        outcome, gradients = architectures.ARCHITECTURES[name].step(p, x.to(device), hyper)
+        outcome, gradients = ARCHITECTURES[name].step(p, x.to(device), hyper)
     finally:
-        architectures.at, architectures.at_columns = usual
+        top_k.at, top_k.at_columns = usual
+        penalised.at = top_k.at
     return {key: value.cpu() for key, value in (outcome._asdict() | gradients).items()}
 
 

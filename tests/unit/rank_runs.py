@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steer_server.dictionary.site import Site
 from trainer import harvest
-from trainer.architectures import ARCHITECTURES, TopK
+from trainer.architectures import ARCHITECTURES
 from trainer.checkpoint import CHECKPOINT, PARTS, save, whole_parameters
 from trainer.config import TrainConfig, from_mapping
 from trainer.errors import Interrupted
@@ -27,6 +27,7 @@ from trainer.ranks import Ranks
 from trainer.run import run
 from trainer.stack import Stack
 from trainer.stop import Stop
+from trainer.top_k import TopK
 from trainer.train import METRICS, train
 
 D, BATCH, STEPS, STOPPED_AT = 16, 32, 8, 5

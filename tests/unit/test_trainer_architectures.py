@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from trainer import active
-from trainer.architectures import ARCHITECTURES, Hyper, Outcome, Stack, TopK, prefixes
+from trainer.architectures import ARCHITECTURES
 from trainer.product import product
+from trainer.step import Hyper, Outcome, Stack
+from trainer.top_k import TopK, prefixes
 
 MEMBERS, TOKENS, D, F = 3, 24, 10, 40
 ALPHA = torch.tensor([0.02, 0.1, 0.4], dtype=torch.float64)

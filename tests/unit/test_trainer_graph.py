@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.architectures import TopK
 from trainer.config import TrainConfig
 from trainer.errors import TrainerError
 from trainer.stack import Stack
+from trainer.top_k import TopK
 
 CONFIG = TrainConfig(
     model="m",

@@ -11,13 +11,13 @@ import torch
 
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import tiny_config, write_model
-from trainer.architectures import Outcome
 from trainer.checkpoint import CHECKPOINT
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import BadConfig, Interrupted
 from trainer.harvest import Activations, harvest
 from trainer.progress import EVERY, Progress, Watchers, curves
+from trainer.step import Outcome
 from trainer.stop import Stop
 from trainer.train import METRICS, train
 

@@ -18,7 +18,7 @@ from tests.unit import rank_runs
 from tests.unit.rank_runs import MODES, kept
 from tests.unit.trainer_model import tiny_config, write_model
 from trainer import harvest
-from trainer.architectures import ARCHITECTURES, TopK
+from trainer.architectures import ARCHITECTURES
 from trainer.checkpoint import CHECKPOINT, PARTS
 from trainer.config import TrainConfig
 from trainer.errors import BadCheckpoint, BadConfig
@@ -26,6 +26,7 @@ from trainer.launch import check
 from trainer.ranks import ALONE
 from trainer.run import run
 from trainer.stop import Stop
+from trainer.top_k import TopK
 from trainer.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,7 @@ from steer_server.dictionary.files import load
 from steer_server.dictionary.site import Site
 from steer_server.errors import DictionaryMismatch
 from tests.unit.trainer_model import tiny_config, write_model
-from trainer.architectures import ARCHITECTURES, TopK
+from trainer.architectures import ARCHITECTURES
 from trainer.checkpoint import CHECKPOINT
 from trainer.cli import main
 from trainer.config import TrainConfig
@@ -26,6 +26,7 @@ from trainer.model import decoder_layers, load_model, load_tokenizer, read_sites
 from trainer.run import evaluate_again, label, run
 from trainer.stop import Stop
 from trainer.tokens import pack
+from trainer.top_k import TopK
 from trainer.train import METRICS, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
