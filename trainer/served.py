@@ -113,7 +113,8 @@ def served(
     """
     _check(config, sites)
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
-        engine = runner.run(_start(config, sites, max_num_batched_tokens))
+        with _quiet():
+            engine = runner.run(_start(config, sites, max_num_batched_tokens))
         try:
             model = ServedModel(engine, runner.run(_load(engine, config, sites, Path(folder))))
 
@@ -130,12 +131,22 @@ def served(
             runner.run(engine.shutdown())
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """vLLM, and the processes it starts, say little, and leave standard output to results, unless told otherwise."""
+    wanted = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
 async def _start(
     config: TrainConfig, sites: Sequence[Site], max_num_batched_tokens: int | None
 ) -> Engine:
-    # vLLM reads them when it is imported; standard output is for results.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         # Late: the trainer does without vLLM unless it is asked for.
         from steer_server.engine import EngineSettings, VllmEngine
