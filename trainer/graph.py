@@ -19,7 +19,7 @@ class Replayed:
     """
 
     def __init__(self, work: Callable[[Tensor, bool], Outcome]) -> None:
-        """`work` takes a batch, always of one shape, and a choice; each of its values has a graph."""
+        """`work` takes a batch and a choice, each value of which has a graph, for batches of the first one's shape."""
         self._work = work
         self._calls = {False: 0, True: 0}
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Outcome]] = {}
@@ -29,6 +29,9 @@ class Replayed:
     def __call__(self, x: Tensor, choice: bool) -> Outcome:
         if self._x is None:
             self._x = torch.empty_like(x)
+        if x.shape != self._x.shape:
+            # A buffer's batch is shorter by the activations that a site leaves out.
+            return self._work(x, choice)
         self._x.copy_(x)
         self._calls[choice] += 1
         if self._calls[choice] <= _WARM_UP:

@@ -27,7 +27,7 @@ from steer_server.dictionary.card import Card, Model, config_digest
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.files import StoredDictionary, load, save
-from steer_server.dictionary.site import Site
+from steer_server.dictionary.site import SERVED, Site
 from steer_server.errors import EngineUnavailable
 from steer_server.generation import ActivationRows, Engine, Generation, Sampling
 from steer_server.program import ENTRY_BYTES, Program, ReadOut
@@ -36,7 +36,6 @@ from trainer.errors import BadConfig, TrainerError
 from trainer.model import Read, shape_of
 from trainer.stop import Stop
 
-STREAMS = ("resid_post", "mlp_out", "attn_out")
 WIDEST = MAX_ROW_BYTES // ENTRY_BYTES
 """Coordinates that one read-out can carry."""
 
@@ -221,9 +220,9 @@ def _fill(table: NDArray[np.float32], part: Coordinates, rows: ActivationRows) -
 def _check(config: TrainConfig, sites: Sequence[Site]) -> None:
     layers = shape_of(config.model)["num_hidden_layers"]
     for site in sites:
-        if site.stream not in STREAMS:
+        if site.stream not in SERVED:
             raise BadConfig(
-                f'site {site} is not served by vLLM, so source = "vllm" cannot read it; it reads {", ".join(STREAMS)}; '
+                f'site {site} is not served by vLLM, so source = "vllm" cannot read it; it reads {", ".join(SERVED)}; '
                 'set source = "transformers"'
             )
         if site.layer >= layers:

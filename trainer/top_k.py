@@ -91,9 +91,8 @@ class TopK:
             values, columns = top_k(z, min(max(hyper.k), z.shape[2]))
             places = hyper.ranks.places(values).expand_as(values)
             kept = torch.stack([own < k for own, k in zip(places, hyper.k, strict=True)])
-            return at_columns(columns, kept & (values > 0), z, hyper.precision), z.new_zeros(
-                members
-            )
+            kept &= values > 0
+            return at_columns(columns, kept, z, hyper.precision), z.new_zeros(members)
         ranks = [hyper.ranks.all_tokens(tokens) * k for k in hyper.k]
         floor = z.new_zeros(members) if hyper.guess is None else hyper.guess
         if hyper.ranks.size > 1:

@@ -47,10 +47,8 @@ def train(
     scales = source.scale_and_mean(config.normalise_input)
     members = stacks(configs)
     sites = [Site.parse(those[0].site) for those in members]
-    groups = [
-        Stack(those, scales[site][1] * scales[site][0], total, ranks)
-        for site, those in zip(sites, members, strict=True)
-    ]
+    means = [scales[site][1] * scales[site][0] for site in sites]
+    groups = [Stack(*some, total, ranks) for some in zip(members, means, strict=True)]
     step = restore(groups, folder, ranks)
     batches = source.batches(config, step, ranks)
     folder.mkdir(parents=True, exist_ok=True)

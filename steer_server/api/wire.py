@@ -71,6 +71,10 @@ def read_encode(
                 "nothing is generated here; leave it empty or name PHASE_PROMPT",
                 field=f"read_outs[{index}].phases",
             )
+        if entry.skip_cached:
+            raise InvalidRequest(
+                "every token is read here; leave it out", field=f"read_outs[{index}].skip_cached"
+            )
     read_outs = tuple(
         replace(entry, prompt=True, generated=False)
         for entry in _read_read_outs(message.read_outs, registry, "read_outs")

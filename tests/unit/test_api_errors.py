@@ -239,6 +239,7 @@ async def test_too_many_read_outs_are_refused(running: Serving):
         ([read_top(NAME, 1)] * 9, "read_outs"),
         ([read_top(NAME, 1, only=["generated"])], "read_outs[0].phases"),
         ([read_top(NAME, 0)], "read_outs[0].top_k"),
+        ([read_top(NAME, 1, skip_cached=True)], "read_outs[0].skip_cached"),
     ],
 )
 async def test_encode_refuses_wrong_read_outs(running: Serving, read_outs, field: str):
