@@ -26,15 +26,17 @@ from steer.v1 import edits_pb2 as steer_dot_v1_dot_edits__pb2
 from steer.v1 import prompt_pb2 as steer_dot_v1_dot_prompt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteer/v1/activations.proto\x12\x08steer.v1\x1a\x14steer/v1/edits.proto\x1a\x15steer/v1/prompt.proto\"\xde\x01\n\x07ReadOut\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x05top_k\x18\x02 \x01(\rH\x00\x12)\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x15.steer.v1.FeatureListH\x00\x12 \n\x05\x61\x62ove\x18\x05 \x01(\x0b\x32\x0f.steer.v1.AboveH\x00\x12\x1f\n\x06phases\x18\x04 \x03(\x0e\x32\x0f.steer.v1.Phase\x12\x1e\n\x05stage\x18\x06 \x01(\x0e\x32\x0f.steer.v1.Stage\x12\x13\n\x0bskip_cached\x18\x07 \x01(\x08\x42\x0b\n\tselection\"@\n\x05\x41\x62ove\x12\x11\n\tthreshold\x18\x01 \x01(\x02\x12\x16\n\trow_bytes\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_row_bytes\"\x1f\n\x0b\x46\x65\x61tureList\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x03(\r\"\x8f\x01\n\x11SparseActivations\x12\x10\n\x08read_out\x18\x01 \x01(\r\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x03(\r\x12\x12\n\nrow_splits\x18\x04 \x03(\r\x12\x0f\n\x07\x66\x65\x61ture\x18\x05 \x03(\r\x12\r\n\x05value\x18\x06 \x03(\x02\x12\x0e\n\x06\x61\x63tive\x18\x07 \x03(\r\"W\n\rEncodeRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.steer.v1.Prompt\x12$\n\tread_outs\x18\x02 \x03(\x0b\x32\x11.steer.v1.ReadOut\"j\n\x0e\x45ncodeResponse\x12&\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.steer.v1.PromptTokens\x12\x30\n\x0b\x61\x63tivations\x18\x02 \x03(\x0b\x32\x1b.steer.v1.SparseActivations*M\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12STAGE_BEFORE_EDITS\x10\x01\x12\x15\n\x11STAGE_AFTER_EDITS\x10\x02\x32R\n\x11\x41\x63tivationService\x12=\n\x06\x45ncode\x12\x17.steer.v1.EncodeRequest\x1a\x18.steer.v1.EncodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteer/v1/activations.proto\x12\x08steer.v1\x1a\x14steer/v1/edits.proto\x1a\x15steer/v1/prompt.proto\"\xde\x01\n\x07ReadOut\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x05top_k\x18\x02 \x01(\rH\x00\x12)\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x15.steer.v1.FeatureListH\x00\x12 \n\x05\x61\x62ove\x18\x05 \x01(\x0b\x32\x0f.steer.v1.AboveH\x00\x12\x1f\n\x06phases\x18\x04 \x03(\x0e\x32\x0f.steer.v1.Phase\x12\x1e\n\x05stage\x18\x06 \x01(\x0e\x32\x0f.steer.v1.Stage\x12\x13\n\x0bskip_cached\x18\x07 \x01(\x08\x42\x0b\n\tselection\"@\n\x05\x41\x62ove\x12\x11\n\tthreshold\x18\x01 \x01(\x02\x12\x16\n\trow_bytes\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_row_bytes\"\x1f\n\x0b\x46\x65\x61tureList\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x03(\r\"\x8f\x01\n\x11SparseActivations\x12\x10\n\x08read_out\x18\x01 \x01(\r\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x03(\r\x12\x12\n\nrow_splits\x18\x04 \x03(\r\x12\x0f\n\x07\x66\x65\x61ture\x18\x05 \x03(\r\x12\r\n\x05value\x18\x06 \x03(\x02\x12\x0e\n\x06\x61\x63tive\x18\x07 \x03(\r\"W\n\rEncodeRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.steer.v1.Prompt\x12$\n\tread_outs\x18\x02 \x03(\x0b\x32\x11.steer.v1.ReadOut\"j\n\x0e\x45ncodeResponse\x12&\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.steer.v1.PromptTokens\x12\x30\n\x0b\x61\x63tivations\x18\x02 \x03(\x0b\x32\x1b.steer.v1.SparseActivations\"\x95\x01\n\x0eInspectRequest\x12!\n\x07prompts\x18\x01 \x03(\x0b\x32\x10.steer.v1.Prompt\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12&\n\taggregate\x18\x03 \x01(\x0e\x32\x13.steer.v1.Aggregate\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x15\n\rinclude_first\x18\x05 \x01(\x08\"M\n\x0fInspectResponse\x12*\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x18.steer.v1.FeatureSummary\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\"k\n\x0e\x46\x65\x61tureSummary\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\r\x12\r\n\x05label\x18\x02 \x01(\t\x12\x0c\n\x04mean\x18\x03 \x01(\x02\x12\x0b\n\x03max\x18\x04 \x01(\x02\x12\x0b\n\x03sum\x18\x05 \x01(\x02\x12\x11\n\tfrequency\x18\x06 \x01(\x02\"\xbb\x01\n\x0f\x43ontrastRequest\x12\"\n\x08positive\x18\x01 \x03(\x0b\x32\x10.steer.v1.Prompt\x12\"\n\x08negative\x18\x02 \x03(\x0b\x32\x10.steer.v1.Prompt\x12\x12\n\ndictionary\x18\x03 \x01(\t\x12&\n\taggregate\x18\x04 \x01(\x0e\x32\x13.steer.v1.Aggregate\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x15\n\rinclude_first\x18\x06 \x01(\x08\"\x9e\x01\n\x10\x43ontrastResponse\x12+\n\x08positive\x18\x01 \x03(\x0b\x32\x19.steer.v1.FeatureContrast\x12+\n\x08negative\x18\x02 \x03(\x0b\x32\x19.steer.v1.FeatureContrast\x12\x17\n\x0fpositive_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnegative_tokens\x18\x04 \x01(\x04\"i\n\x0f\x46\x65\x61tureContrast\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\r\x12\r\n\x05label\x18\x02 \x01(\t\x12\x12\n\ndifference\x18\x03 \x01(\x02\x12\x10\n\x08positive\x18\x04 \x01(\x02\x12\x10\n\x08negative\x18\x05 \x01(\x02\"G\n\x11WatchStatsRequest\x12\x1d\n\x10interval_seconds\x18\x01 \x01(\x02H\x00\x88\x01\x01\x42\x13\n\x11_interval_seconds\"Q\n\x12WatchStatsResponse\x12*\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x18.steer.v1.WatchedFeature\x12\x0f\n\x07seconds\x18\x02 \x01(\x02\"u\n\x0eWatchedFeature\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12\r\n\x05label\x18\x03 \x01(\t\x12\x15\n\ractive_tokens\x18\x04 \x01(\x04\x12\x0b\n\x03sum\x18\x05 \x01(\x01\x12\x0b\n\x03max\x18\x06 \x01(\x02*M\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12STAGE_BEFORE_EDITS\x10\x01\x12\x15\n\x11STAGE_AFTER_EDITS\x10\x02*y\n\tAggregate\x12\x19\n\x15\x41GGREGATE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x41GGREGATE_MEAN\x10\x01\x12\x11\n\rAGGREGATE_MAX\x10\x02\x12\x11\n\rAGGREGATE_SUM\x10\x03\x12\x17\n\x13\x41GGREGATE_FREQUENCY\x10\x04\x32\xa0\x02\n\x11\x41\x63tivationService\x12=\n\x06\x45ncode\x12\x17.steer.v1.EncodeRequest\x1a\x18.steer.v1.EncodeResponse0\x01\x12>\n\x07Inspect\x12\x18.steer.v1.InspectRequest\x1a\x19.steer.v1.InspectResponse\x12\x41\n\x08\x43ontrast\x12\x19.steer.v1.ContrastRequest\x1a\x1a.steer.v1.ContrastResponse\x12I\n\nWatchStats\x12\x1b.steer.v1.WatchStatsRequest\x1a\x1c.steer.v1.WatchStatsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steer.v1.activations_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STAGE']._serialized_start=752
-  _globals['_STAGE']._serialized_end=829
+  _globals['_STAGE']._serialized_start=1825
+  _globals['_STAGE']._serialized_end=1902
+  _globals['_AGGREGATE']._serialized_start=1904
+  _globals['_AGGREGATE']._serialized_end=2025
   _globals['_READOUT']._serialized_start=86
   _globals['_READOUT']._serialized_end=308
   _globals['_ABOVE']._serialized_start=310
@@ -47,6 +49,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODEREQUEST']._serialized_end=642
   _globals['_ENCODERESPONSE']._serialized_start=644
   _globals['_ENCODERESPONSE']._serialized_end=750
-  _globals['_ACTIVATIONSERVICE']._serialized_start=831
-  _globals['_ACTIVATIONSERVICE']._serialized_end=913
+  _globals['_INSPECTREQUEST']._serialized_start=753
+  _globals['_INSPECTREQUEST']._serialized_end=902
+  _globals['_INSPECTRESPONSE']._serialized_start=904
+  _globals['_INSPECTRESPONSE']._serialized_end=981
+  _globals['_FEATURESUMMARY']._serialized_start=983
+  _globals['_FEATURESUMMARY']._serialized_end=1090
+  _globals['_CONTRASTREQUEST']._serialized_start=1093
+  _globals['_CONTRASTREQUEST']._serialized_end=1280
+  _globals['_CONTRASTRESPONSE']._serialized_start=1283
+  _globals['_CONTRASTRESPONSE']._serialized_end=1441
+  _globals['_FEATURECONTRAST']._serialized_start=1443
+  _globals['_FEATURECONTRAST']._serialized_end=1548
+  _globals['_WATCHSTATSREQUEST']._serialized_start=1550
+  _globals['_WATCHSTATSREQUEST']._serialized_end=1621
+  _globals['_WATCHSTATSRESPONSE']._serialized_start=1623
+  _globals['_WATCHSTATSRESPONSE']._serialized_end=1704
+  _globals['_WATCHEDFEATURE']._serialized_start=1706
+  _globals['_WATCHEDFEATURE']._serialized_end=1823
+  _globals['_ACTIVATIONSERVICE']._serialized_start=2028
+  _globals['_ACTIVATIONSERVICE']._serialized_end=2316
 # @@protoc_insertion_point(module_scope)

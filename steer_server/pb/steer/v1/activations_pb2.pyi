@@ -14,9 +14,22 @@ class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_UNSPECIFIED: _ClassVar[Stage]
     STAGE_BEFORE_EDITS: _ClassVar[Stage]
     STAGE_AFTER_EDITS: _ClassVar[Stage]
+
+class Aggregate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    AGGREGATE_UNSPECIFIED: _ClassVar[Aggregate]
+    AGGREGATE_MEAN: _ClassVar[Aggregate]
+    AGGREGATE_MAX: _ClassVar[Aggregate]
+    AGGREGATE_SUM: _ClassVar[Aggregate]
+    AGGREGATE_FREQUENCY: _ClassVar[Aggregate]
 STAGE_UNSPECIFIED: Stage
 STAGE_BEFORE_EDITS: Stage
 STAGE_AFTER_EDITS: Stage
+AGGREGATE_UNSPECIFIED: Aggregate
+AGGREGATE_MEAN: Aggregate
+AGGREGATE_MAX: Aggregate
+AGGREGATE_SUM: Aggregate
+AGGREGATE_FREQUENCY: Aggregate
 
 class ReadOut(_message.Message):
     __slots__ = ("dictionary", "top_k", "features", "above", "phases", "stage", "skip_cached")
@@ -83,3 +96,113 @@ class EncodeResponse(_message.Message):
     tokens: _prompt_pb2.PromptTokens
     activations: _containers.RepeatedCompositeFieldContainer[SparseActivations]
     def __init__(self, tokens: _Optional[_Union[_prompt_pb2.PromptTokens, _Mapping]] = ..., activations: _Optional[_Iterable[_Union[SparseActivations, _Mapping]]] = ...) -> None: ...
+
+class InspectRequest(_message.Message):
+    __slots__ = ("prompts", "dictionary", "aggregate", "top_k", "include_first")
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_FIRST_FIELD_NUMBER: _ClassVar[int]
+    prompts: _containers.RepeatedCompositeFieldContainer[_prompt_pb2.Prompt]
+    dictionary: str
+    aggregate: Aggregate
+    top_k: int
+    include_first: bool
+    def __init__(self, prompts: _Optional[_Iterable[_Union[_prompt_pb2.Prompt, _Mapping]]] = ..., dictionary: _Optional[str] = ..., aggregate: _Optional[_Union[Aggregate, str]] = ..., top_k: _Optional[int] = ..., include_first: _Optional[bool] = ...) -> None: ...
+
+class InspectResponse(_message.Message):
+    __slots__ = ("features", "tokens")
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    features: _containers.RepeatedCompositeFieldContainer[FeatureSummary]
+    tokens: int
+    def __init__(self, features: _Optional[_Iterable[_Union[FeatureSummary, _Mapping]]] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class FeatureSummary(_message.Message):
+    __slots__ = ("feature", "label", "mean", "max", "sum", "frequency")
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    MAX_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_FIELD_NUMBER: _ClassVar[int]
+    feature: int
+    label: str
+    mean: float
+    max: float
+    sum: float
+    frequency: float
+    def __init__(self, feature: _Optional[int] = ..., label: _Optional[str] = ..., mean: _Optional[float] = ..., max: _Optional[float] = ..., sum: _Optional[float] = ..., frequency: _Optional[float] = ...) -> None: ...
+
+class ContrastRequest(_message.Message):
+    __slots__ = ("positive", "negative", "dictionary", "aggregate", "top_k", "include_first")
+    POSITIVE_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_FIELD_NUMBER: _ClassVar[int]
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_FIRST_FIELD_NUMBER: _ClassVar[int]
+    positive: _containers.RepeatedCompositeFieldContainer[_prompt_pb2.Prompt]
+    negative: _containers.RepeatedCompositeFieldContainer[_prompt_pb2.Prompt]
+    dictionary: str
+    aggregate: Aggregate
+    top_k: int
+    include_first: bool
+    def __init__(self, positive: _Optional[_Iterable[_Union[_prompt_pb2.Prompt, _Mapping]]] = ..., negative: _Optional[_Iterable[_Union[_prompt_pb2.Prompt, _Mapping]]] = ..., dictionary: _Optional[str] = ..., aggregate: _Optional[_Union[Aggregate, str]] = ..., top_k: _Optional[int] = ..., include_first: _Optional[bool] = ...) -> None: ...
+
+class ContrastResponse(_message.Message):
+    __slots__ = ("positive", "negative", "positive_tokens", "negative_tokens")
+    POSITIVE_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_FIELD_NUMBER: _ClassVar[int]
+    POSITIVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    positive: _containers.RepeatedCompositeFieldContainer[FeatureContrast]
+    negative: _containers.RepeatedCompositeFieldContainer[FeatureContrast]
+    positive_tokens: int
+    negative_tokens: int
+    def __init__(self, positive: _Optional[_Iterable[_Union[FeatureContrast, _Mapping]]] = ..., negative: _Optional[_Iterable[_Union[FeatureContrast, _Mapping]]] = ..., positive_tokens: _Optional[int] = ..., negative_tokens: _Optional[int] = ...) -> None: ...
+
+class FeatureContrast(_message.Message):
+    __slots__ = ("feature", "label", "difference", "positive", "negative")
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    POSITIVE_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_FIELD_NUMBER: _ClassVar[int]
+    feature: int
+    label: str
+    difference: float
+    positive: float
+    negative: float
+    def __init__(self, feature: _Optional[int] = ..., label: _Optional[str] = ..., difference: _Optional[float] = ..., positive: _Optional[float] = ..., negative: _Optional[float] = ...) -> None: ...
+
+class WatchStatsRequest(_message.Message):
+    __slots__ = ("interval_seconds",)
+    INTERVAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    interval_seconds: float
+    def __init__(self, interval_seconds: _Optional[float] = ...) -> None: ...
+
+class WatchStatsResponse(_message.Message):
+    __slots__ = ("features", "seconds")
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    features: _containers.RepeatedCompositeFieldContainer[WatchedFeature]
+    seconds: float
+    def __init__(self, features: _Optional[_Iterable[_Union[WatchedFeature, _Mapping]]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class WatchedFeature(_message.Message):
+    __slots__ = ("dictionary", "feature", "label", "active_tokens", "sum", "max")
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    MAX_FIELD_NUMBER: _ClassVar[int]
+    dictionary: str
+    feature: int
+    label: str
+    active_tokens: int
+    sum: float
+    max: float
+    def __init__(self, dictionary: _Optional[str] = ..., feature: _Optional[int] = ..., label: _Optional[str] = ..., active_tokens: _Optional[int] = ..., sum: _Optional[float] = ..., max: _Optional[float] = ...) -> None: ...

@@ -40,6 +40,21 @@ class ActivationServiceStub:
                 request_serializer=steer_dot_v1_dot_activations__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_activations__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.Inspect = channel.unary_unary(
+                '/steer.v1.ActivationService/Inspect',
+                request_serializer=steer_dot_v1_dot_activations__pb2.InspectRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_activations__pb2.InspectResponse.FromString,
+                _registered_method=True)
+        self.Contrast = channel.unary_unary(
+                '/steer.v1.ActivationService/Contrast',
+                request_serializer=steer_dot_v1_dot_activations__pb2.ContrastRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_activations__pb2.ContrastResponse.FromString,
+                _registered_method=True)
+        self.WatchStats = channel.unary_stream(
+                '/steer.v1.ActivationService/WatchStats',
+                request_serializer=steer_dot_v1_dot_activations__pb2.WatchStatsRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_activations__pb2.WatchStatsResponse.FromString,
+                _registered_method=True)
 
 
 class ActivationServiceServicer:
@@ -57,6 +72,28 @@ class ActivationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Inspect(self, request, context):
+        """The features that some texts have most of, over all their tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Contrast(self, request, context):
+        """The features that some texts have more of than others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchStats(self, request, context):
+        """How the watched features do over all requests of this server; one response every interval, until the
+        client ends the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ActivationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -64,6 +101,21 @@ def add_ActivationServiceServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=steer_dot_v1_dot_activations__pb2.EncodeRequest.FromString,
                     response_serializer=steer_dot_v1_dot_activations__pb2.EncodeResponse.SerializeToString,
+            ),
+            'Inspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inspect,
+                    request_deserializer=steer_dot_v1_dot_activations__pb2.InspectRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_activations__pb2.InspectResponse.SerializeToString,
+            ),
+            'Contrast': grpc.unary_unary_rpc_method_handler(
+                    servicer.Contrast,
+                    request_deserializer=steer_dot_v1_dot_activations__pb2.ContrastRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_activations__pb2.ContrastResponse.SerializeToString,
+            ),
+            'WatchStats': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchStats,
+                    request_deserializer=steer_dot_v1_dot_activations__pb2.WatchStatsRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_activations__pb2.WatchStatsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -94,6 +146,87 @@ class ActivationService:
             '/steer.v1.ActivationService/Encode',
             steer_dot_v1_dot_activations__pb2.EncodeRequest.SerializeToString,
             steer_dot_v1_dot_activations__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steer.v1.ActivationService/Inspect',
+            steer_dot_v1_dot_activations__pb2.InspectRequest.SerializeToString,
+            steer_dot_v1_dot_activations__pb2.InspectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Contrast(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steer.v1.ActivationService/Contrast',
+            steer_dot_v1_dot_activations__pb2.ContrastRequest.SerializeToString,
+            steer_dot_v1_dot_activations__pb2.ContrastResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/steer.v1.ActivationService/WatchStats',
+            steer_dot_v1_dot_activations__pb2.WatchStatsRequest.SerializeToString,
+            steer_dot_v1_dot_activations__pb2.WatchStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,

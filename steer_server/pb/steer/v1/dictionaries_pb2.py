@@ -24,33 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsteer/v1/dictionaries.proto\x12\x08steer.v1\"\x19\n\x17ListDictionariesRequest\"F\n\x18ListDictionariesResponse\x12*\n\x0c\x64ictionaries\x18\x01 \x03(\x0b\x32\x14.steer.v1.Dictionary\"\xd5\x01\n\nDictionary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0f\n\x07\x64_model\x18\x04 \x01(\r\x12\x12\n\nn_features\x18\x05 \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12\x10\n\x08model_id\x18\x07 \x01(\t\x12\x19\n\x11labelled_features\x18\x08 \x01(\r\x12\'\n\x07quality\x18\t \x01(\x0b\x32\x11.steer.v1.QualityH\x00\x88\x01\x01\x42\n\n\x08_quality\"i\n\x07Quality\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\n\n\x02l0\x18\x02 \x01(\x02\x12\x0b\n\x03\x66vu\x18\x03 \x01(\x02\x12\x10\n\x08\x64\x65lta_ce\x18\x04 \x01(\x02\x12\x12\n\ndead_share\x18\x05 \x01(\x02\x12\x0f\n\x07pca_fvu\x18\x06 \x01(\x02\"8\n\x11GetFeatureRequest\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\"8\n\x12GetFeatureResponse\x12\"\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x11.steer.v1.Feature\"\x9f\x02\n\x07\x46\x65\x61ture\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05label\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65nsity\x18\x04 \x01(\x02\x12\x17\n\x0fmean_activation\x18\x05 \x01(\x02\x12\x16\n\x0emax_activation\x18\x06 \x01(\x02\x12%\n\tquantiles\x18\x07 \x03(\x0b\x32\x12.steer.v1.Quantile\x12#\n\x08\x65xamples\x18\x08 \x03(\x0b\x32\x11.steer.v1.Example\x12(\n\tlogits_up\x18\t \x03(\x0b\x32\x15.steer.v1.TokenEffect\x12*\n\x0blogits_down\x18\n \x03(\x0b\x32\x15.steer.v1.TokenEffect\"-\n\x08Quantile\x12\r\n\x05level\x18\x01 \x01(\x02\x12\x12\n\nactivation\x18\x02 \x01(\x02\".\n\x07\x45xample\x12\x0e\n\x06tokens\x18\x01 \x03(\t\x12\x13\n\x0b\x61\x63tivations\x18\x02 \x03(\x02\",\n\x0bTokenEffect\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x02 \x01(\x02\x32\xb7\x01\n\x11\x44ictionaryService\x12Y\n\x10ListDictionaries\x12!.steer.v1.ListDictionariesRequest\x1a\".steer.v1.ListDictionariesResponse\x12G\n\nGetFeature\x12\x1b.steer.v1.GetFeatureRequest\x1a\x1c.steer.v1.GetFeatureResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsteer/v1/dictionaries.proto\x12\x08steer.v1\"\x19\n\x17ListDictionariesRequest\"F\n\x18ListDictionariesResponse\x12*\n\x0c\x64ictionaries\x18\x01 \x03(\x0b\x32\x14.steer.v1.Dictionary\"\xe0\x01\n\nDictionary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0f\n\x07\x64_model\x18\x04 \x01(\r\x12\x12\n\nn_features\x18\x05 \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12\x10\n\x08model_id\x18\x07 \x01(\t\x12\x19\n\x11labelled_features\x18\x08 \x01(\r\x12\'\n\x07quality\x18\t \x01(\x0b\x32\x11.steer.v1.QualityH\x00\x88\x01\x01\x12\t\n\x01k\x18\n \x01(\rB\n\n\x08_quality\"*\n\x14GetDictionaryRequest\x12\x12\n\ndictionary\x18\x01 \x01(\t\"A\n\x15GetDictionaryResponse\x12(\n\ndictionary\x18\x01 \x01(\x0b\x32\x14.steer.v1.Dictionary\"i\n\x07Quality\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\n\n\x02l0\x18\x02 \x01(\x02\x12\x0b\n\x03\x66vu\x18\x03 \x01(\x02\x12\x10\n\x08\x64\x65lta_ce\x18\x04 \x01(\x02\x12\x12\n\ndead_share\x18\x05 \x01(\x02\x12\x0f\n\x07pca_fvu\x18\x06 \x01(\x02\"8\n\x11GetFeatureRequest\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\"8\n\x12GetFeatureResponse\x12\"\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x11.steer.v1.Feature\"?\n\x17\x42\x61tchGetFeaturesRequest\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\r\"?\n\x18\x42\x61tchGetFeaturesResponse\x12#\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x11.steer.v1.Feature\"\x88\x01\n\x15SearchFeaturesRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12%\n\tsearch_in\x18\x03 \x01(\x0e\x32\x12.steer.v1.SearchIn\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x12\n\npage_token\x18\x05 \x01(\t\"i\n\x16SearchFeaturesResponse\x12\'\n\x07matches\x18\x01 \x03(\x0b\x32\x16.steer.v1.FeatureMatch\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\r\"O\n\x0c\x46\x65\x61tureMatch\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05label\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x02\"[\n\x16NearestFeaturesRequest\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12\r\n\x05\x61mong\x18\x03 \x01(\t\x12\r\n\x05top_k\x18\x04 \x01(\r\"B\n\x17NearestFeaturesResponse\x12\'\n\x07matches\x18\x01 \x03(\x0b\x32\x16.steer.v1.FeatureMatch\"\x9f\x02\n\x07\x46\x65\x61ture\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05label\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65nsity\x18\x04 \x01(\x02\x12\x17\n\x0fmean_activation\x18\x05 \x01(\x02\x12\x16\n\x0emax_activation\x18\x06 \x01(\x02\x12%\n\tquantiles\x18\x07 \x03(\x0b\x32\x12.steer.v1.Quantile\x12#\n\x08\x65xamples\x18\x08 \x03(\x0b\x32\x11.steer.v1.Example\x12(\n\tlogits_up\x18\t \x03(\x0b\x32\x15.steer.v1.TokenEffect\x12*\n\x0blogits_down\x18\n \x03(\x0b\x32\x15.steer.v1.TokenEffect\"-\n\x08Quantile\x12\r\n\x05level\x18\x01 \x01(\x02\x12\x12\n\nactivation\x18\x02 \x01(\x02\".\n\x07\x45xample\x12\x0e\n\x06tokens\x18\x01 \x03(\t\x12\x13\n\x0b\x61\x63tivations\x18\x02 \x03(\x02\",\n\x0bTokenEffect\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x02 \x01(\x02*S\n\x08SearchIn\x12\x19\n\x15SEARCH_IN_UNSPECIFIED\x10\x00\x12\x14\n\x10SEARCH_IN_LABELS\x10\x01\x12\x16\n\x12SEARCH_IN_EVIDENCE\x10\x02\x32\x91\x04\n\x11\x44ictionaryService\x12Y\n\x10ListDictionaries\x12!.steer.v1.ListDictionariesRequest\x1a\".steer.v1.ListDictionariesResponse\x12P\n\rGetDictionary\x12\x1e.steer.v1.GetDictionaryRequest\x1a\x1f.steer.v1.GetDictionaryResponse\x12G\n\nGetFeature\x12\x1b.steer.v1.GetFeatureRequest\x1a\x1c.steer.v1.GetFeatureResponse\x12Y\n\x10\x42\x61tchGetFeatures\x12!.steer.v1.BatchGetFeaturesRequest\x1a\".steer.v1.BatchGetFeaturesResponse\x12S\n\x0eSearchFeatures\x12\x1f.steer.v1.SearchFeaturesRequest\x1a .steer.v1.SearchFeaturesResponse\x12V\n\x0fNearestFeatures\x12 .steer.v1.NearestFeaturesRequest\x1a!.steer.v1.NearestFeaturesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steer.v1.dictionaries_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SEARCHIN']._serialized_start=1750
+  _globals['_SEARCHIN']._serialized_end=1833
   _globals['_LISTDICTIONARIESREQUEST']._serialized_start=41
   _globals['_LISTDICTIONARIESREQUEST']._serialized_end=66
   _globals['_LISTDICTIONARIESRESPONSE']._serialized_start=68
   _globals['_LISTDICTIONARIESRESPONSE']._serialized_end=138
   _globals['_DICTIONARY']._serialized_start=141
-  _globals['_DICTIONARY']._serialized_end=354
-  _globals['_QUALITY']._serialized_start=356
-  _globals['_QUALITY']._serialized_end=461
-  _globals['_GETFEATUREREQUEST']._serialized_start=463
-  _globals['_GETFEATUREREQUEST']._serialized_end=519
-  _globals['_GETFEATURERESPONSE']._serialized_start=521
-  _globals['_GETFEATURERESPONSE']._serialized_end=577
-  _globals['_FEATURE']._serialized_start=580
-  _globals['_FEATURE']._serialized_end=867
-  _globals['_QUANTILE']._serialized_start=869
-  _globals['_QUANTILE']._serialized_end=914
-  _globals['_EXAMPLE']._serialized_start=916
-  _globals['_EXAMPLE']._serialized_end=962
-  _globals['_TOKENEFFECT']._serialized_start=964
-  _globals['_TOKENEFFECT']._serialized_end=1008
-  _globals['_DICTIONARYSERVICE']._serialized_start=1011
-  _globals['_DICTIONARYSERVICE']._serialized_end=1194
+  _globals['_DICTIONARY']._serialized_end=365
+  _globals['_GETDICTIONARYREQUEST']._serialized_start=367
+  _globals['_GETDICTIONARYREQUEST']._serialized_end=409
+  _globals['_GETDICTIONARYRESPONSE']._serialized_start=411
+  _globals['_GETDICTIONARYRESPONSE']._serialized_end=476
+  _globals['_QUALITY']._serialized_start=478
+  _globals['_QUALITY']._serialized_end=583
+  _globals['_GETFEATUREREQUEST']._serialized_start=585
+  _globals['_GETFEATUREREQUEST']._serialized_end=641
+  _globals['_GETFEATURERESPONSE']._serialized_start=643
+  _globals['_GETFEATURERESPONSE']._serialized_end=699
+  _globals['_BATCHGETFEATURESREQUEST']._serialized_start=701
+  _globals['_BATCHGETFEATURESREQUEST']._serialized_end=764
+  _globals['_BATCHGETFEATURESRESPONSE']._serialized_start=766
+  _globals['_BATCHGETFEATURESRESPONSE']._serialized_end=829
+  _globals['_SEARCHFEATURESREQUEST']._serialized_start=832
+  _globals['_SEARCHFEATURESREQUEST']._serialized_end=968
+  _globals['_SEARCHFEATURESRESPONSE']._serialized_start=970
+  _globals['_SEARCHFEATURESRESPONSE']._serialized_end=1075
+  _globals['_FEATUREMATCH']._serialized_start=1077
+  _globals['_FEATUREMATCH']._serialized_end=1156
+  _globals['_NEARESTFEATURESREQUEST']._serialized_start=1158
+  _globals['_NEARESTFEATURESREQUEST']._serialized_end=1249
+  _globals['_NEARESTFEATURESRESPONSE']._serialized_start=1251
+  _globals['_NEARESTFEATURESRESPONSE']._serialized_end=1317
+  _globals['_FEATURE']._serialized_start=1320
+  _globals['_FEATURE']._serialized_end=1607
+  _globals['_QUANTILE']._serialized_start=1609
+  _globals['_QUANTILE']._serialized_end=1654
+  _globals['_EXAMPLE']._serialized_start=1656
+  _globals['_EXAMPLE']._serialized_end=1702
+  _globals['_TOKENEFFECT']._serialized_start=1704
+  _globals['_TOKENEFFECT']._serialized_end=1748
+  _globals['_DICTIONARYSERVICE']._serialized_start=1836
+  _globals['_DICTIONARYSERVICE']._serialized_end=2365
 # @@protoc_insertion_point(module_scope)

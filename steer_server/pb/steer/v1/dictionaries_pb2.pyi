@@ -1,10 +1,20 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class SearchIn(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SEARCH_IN_UNSPECIFIED: _ClassVar[SearchIn]
+    SEARCH_IN_LABELS: _ClassVar[SearchIn]
+    SEARCH_IN_EVIDENCE: _ClassVar[SearchIn]
+SEARCH_IN_UNSPECIFIED: SearchIn
+SEARCH_IN_LABELS: SearchIn
+SEARCH_IN_EVIDENCE: SearchIn
 
 class ListDictionariesRequest(_message.Message):
     __slots__ = ()
@@ -17,7 +27,7 @@ class ListDictionariesResponse(_message.Message):
     def __init__(self, dictionaries: _Optional[_Iterable[_Union[Dictionary, _Mapping]]] = ...) -> None: ...
 
 class Dictionary(_message.Message):
-    __slots__ = ("name", "sha256", "site", "d_model", "n_features", "architecture", "model_id", "labelled_features", "quality")
+    __slots__ = ("name", "sha256", "site", "d_model", "n_features", "architecture", "model_id", "labelled_features", "quality", "k")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +37,7 @@ class Dictionary(_message.Message):
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     LABELLED_FEATURES_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
     name: str
     sha256: str
     site: str
@@ -36,7 +47,20 @@ class Dictionary(_message.Message):
     model_id: str
     labelled_features: int
     quality: Quality
-    def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., site: _Optional[str] = ..., d_model: _Optional[int] = ..., n_features: _Optional[int] = ..., architecture: _Optional[str] = ..., model_id: _Optional[str] = ..., labelled_features: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ...) -> None: ...
+    k: int
+    def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., site: _Optional[str] = ..., d_model: _Optional[int] = ..., n_features: _Optional[int] = ..., architecture: _Optional[str] = ..., model_id: _Optional[str] = ..., labelled_features: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., k: _Optional[int] = ...) -> None: ...
+
+class GetDictionaryRequest(_message.Message):
+    __slots__ = ("dictionary",)
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    dictionary: str
+    def __init__(self, dictionary: _Optional[str] = ...) -> None: ...
+
+class GetDictionaryResponse(_message.Message):
+    __slots__ = ("dictionary",)
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    dictionary: Dictionary
+    def __init__(self, dictionary: _Optional[_Union[Dictionary, _Mapping]] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("tokens", "l0", "fvu", "delta_ce", "dead_share", "pca_fvu")
@@ -67,6 +91,74 @@ class GetFeatureResponse(_message.Message):
     FEATURE_FIELD_NUMBER: _ClassVar[int]
     feature: Feature
     def __init__(self, feature: _Optional[_Union[Feature, _Mapping]] = ...) -> None: ...
+
+class BatchGetFeaturesRequest(_message.Message):
+    __slots__ = ("dictionary", "features")
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    dictionary: str
+    features: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dictionary: _Optional[str] = ..., features: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class BatchGetFeaturesResponse(_message.Message):
+    __slots__ = ("features",)
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    features: _containers.RepeatedCompositeFieldContainer[Feature]
+    def __init__(self, features: _Optional[_Iterable[_Union[Feature, _Mapping]]] = ...) -> None: ...
+
+class SearchFeaturesRequest(_message.Message):
+    __slots__ = ("query", "dictionary", "search_in", "page_size", "page_token")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_IN_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    query: str
+    dictionary: str
+    search_in: SearchIn
+    page_size: int
+    page_token: str
+    def __init__(self, query: _Optional[str] = ..., dictionary: _Optional[str] = ..., search_in: _Optional[_Union[SearchIn, str]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class SearchFeaturesResponse(_message.Message):
+    __slots__ = ("matches", "next_page_token", "total")
+    MATCHES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    matches: _containers.RepeatedCompositeFieldContainer[FeatureMatch]
+    next_page_token: str
+    total: int
+    def __init__(self, matches: _Optional[_Iterable[_Union[FeatureMatch, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., total: _Optional[int] = ...) -> None: ...
+
+class FeatureMatch(_message.Message):
+    __slots__ = ("dictionary", "index", "label", "score")
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    dictionary: str
+    index: int
+    label: str
+    score: float
+    def __init__(self, dictionary: _Optional[str] = ..., index: _Optional[int] = ..., label: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
+
+class NearestFeaturesRequest(_message.Message):
+    __slots__ = ("dictionary", "feature", "among", "top_k")
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    AMONG_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    dictionary: str
+    feature: int
+    among: str
+    top_k: int
+    def __init__(self, dictionary: _Optional[str] = ..., feature: _Optional[int] = ..., among: _Optional[str] = ..., top_k: _Optional[int] = ...) -> None: ...
+
+class NearestFeaturesResponse(_message.Message):
+    __slots__ = ("matches",)
+    MATCHES_FIELD_NUMBER: _ClassVar[int]
+    matches: _containers.RepeatedCompositeFieldContainer[FeatureMatch]
+    def __init__(self, matches: _Optional[_Iterable[_Union[FeatureMatch, _Mapping]]] = ...) -> None: ...
 
 class Feature(_message.Message):
     __slots__ = ("dictionary", "index", "label", "density", "mean_activation", "max_activation", "quantiles", "examples", "logits_up", "logits_down")

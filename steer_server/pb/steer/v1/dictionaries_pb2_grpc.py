@@ -40,10 +40,30 @@ class DictionaryServiceStub:
                 request_serializer=steer_dot_v1_dot_dictionaries__pb2.ListDictionariesRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_dictionaries__pb2.ListDictionariesResponse.FromString,
                 _registered_method=True)
+        self.GetDictionary = channel.unary_unary(
+                '/steer.v1.DictionaryService/GetDictionary',
+                request_serializer=steer_dot_v1_dot_dictionaries__pb2.GetDictionaryRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_dictionaries__pb2.GetDictionaryResponse.FromString,
+                _registered_method=True)
         self.GetFeature = channel.unary_unary(
                 '/steer.v1.DictionaryService/GetFeature',
                 request_serializer=steer_dot_v1_dot_dictionaries__pb2.GetFeatureRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_dictionaries__pb2.GetFeatureResponse.FromString,
+                _registered_method=True)
+        self.BatchGetFeatures = channel.unary_unary(
+                '/steer.v1.DictionaryService/BatchGetFeatures',
+                request_serializer=steer_dot_v1_dot_dictionaries__pb2.BatchGetFeaturesRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_dictionaries__pb2.BatchGetFeaturesResponse.FromString,
+                _registered_method=True)
+        self.SearchFeatures = channel.unary_unary(
+                '/steer.v1.DictionaryService/SearchFeatures',
+                request_serializer=steer_dot_v1_dot_dictionaries__pb2.SearchFeaturesRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_dictionaries__pb2.SearchFeaturesResponse.FromString,
+                _registered_method=True)
+        self.NearestFeatures = channel.unary_unary(
+                '/steer.v1.DictionaryService/NearestFeatures',
+                request_serializer=steer_dot_v1_dot_dictionaries__pb2.NearestFeaturesRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_dictionaries__pb2.NearestFeaturesResponse.FromString,
                 _registered_method=True)
 
 
@@ -58,8 +78,36 @@ class DictionaryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDictionary(self, request, context):
+        """One resident dictionary.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetFeature(self, request, context):
         """What is known of one feature.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchGetFeatures(self, request, context):
+        """What is known of several features, in the order asked for. One that is not there fails the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchFeatures(self, request, context):
+        """Features whose label, or the tokens they raise or fire on, hold the words of a query; best match first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def NearestFeatures(self, request, context):
+        """Features whose decoder rows point the way of a feature's; most alike first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,10 +121,30 @@ def add_DictionaryServiceServicer_to_server(servicer, server):
                     request_deserializer=steer_dot_v1_dot_dictionaries__pb2.ListDictionariesRequest.FromString,
                     response_serializer=steer_dot_v1_dot_dictionaries__pb2.ListDictionariesResponse.SerializeToString,
             ),
+            'GetDictionary': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDictionary,
+                    request_deserializer=steer_dot_v1_dot_dictionaries__pb2.GetDictionaryRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_dictionaries__pb2.GetDictionaryResponse.SerializeToString,
+            ),
             'GetFeature': grpc.unary_unary_rpc_method_handler(
                     servicer.GetFeature,
                     request_deserializer=steer_dot_v1_dot_dictionaries__pb2.GetFeatureRequest.FromString,
                     response_serializer=steer_dot_v1_dot_dictionaries__pb2.GetFeatureResponse.SerializeToString,
+            ),
+            'BatchGetFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchGetFeatures,
+                    request_deserializer=steer_dot_v1_dot_dictionaries__pb2.BatchGetFeaturesRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_dictionaries__pb2.BatchGetFeaturesResponse.SerializeToString,
+            ),
+            'SearchFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchFeatures,
+                    request_deserializer=steer_dot_v1_dot_dictionaries__pb2.SearchFeaturesRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_dictionaries__pb2.SearchFeaturesResponse.SerializeToString,
+            ),
+            'NearestFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.NearestFeatures,
+                    request_deserializer=steer_dot_v1_dot_dictionaries__pb2.NearestFeaturesRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_dictionaries__pb2.NearestFeaturesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -118,6 +186,33 @@ class DictionaryService:
             _registered_method=True)
 
     @staticmethod
+    def GetDictionary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steer.v1.DictionaryService/GetDictionary',
+            steer_dot_v1_dot_dictionaries__pb2.GetDictionaryRequest.SerializeToString,
+            steer_dot_v1_dot_dictionaries__pb2.GetDictionaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetFeature(request,
             target,
             options=(),
@@ -134,6 +229,87 @@ class DictionaryService:
             '/steer.v1.DictionaryService/GetFeature',
             steer_dot_v1_dot_dictionaries__pb2.GetFeatureRequest.SerializeToString,
             steer_dot_v1_dot_dictionaries__pb2.GetFeatureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchGetFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steer.v1.DictionaryService/BatchGetFeatures',
+            steer_dot_v1_dot_dictionaries__pb2.BatchGetFeaturesRequest.SerializeToString,
+            steer_dot_v1_dot_dictionaries__pb2.BatchGetFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steer.v1.DictionaryService/SearchFeatures',
+            steer_dot_v1_dot_dictionaries__pb2.SearchFeaturesRequest.SerializeToString,
+            steer_dot_v1_dot_dictionaries__pb2.SearchFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NearestFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steer.v1.DictionaryService/NearestFeatures',
+            steer_dot_v1_dot_dictionaries__pb2.NearestFeaturesRequest.SerializeToString,
+            steer_dot_v1_dot_dictionaries__pb2.NearestFeaturesResponse.FromString,
             options,
             channel_credentials,
             insecure,

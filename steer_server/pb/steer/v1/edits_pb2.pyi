@@ -20,6 +20,13 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_UNSPECIFIED: _ClassVar[Phase]
     PHASE_PROMPT: _ClassVar[Phase]
     PHASE_GENERATED: _ClassVar[Phase]
+
+class Oversize(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OVERSIZE_UNSPECIFIED: _ClassVar[Oversize]
+    OVERSIZE_REJECT: _ClassVar[Oversize]
+    OVERSIZE_CLAMP: _ClassVar[Oversize]
+    OVERSIZE_WARN: _ClassVar[Oversize]
 UNIT_UNSPECIFIED: Unit
 UNIT_ACTIVATION: Unit
 UNIT_MAX_ACTIVATION_MULTIPLE: Unit
@@ -28,6 +35,10 @@ UNIT_DECODER_COEFFICIENT: Unit
 PHASE_UNSPECIFIED: Phase
 PHASE_PROMPT: Phase
 PHASE_GENERATED: Phase
+OVERSIZE_UNSPECIFIED: Oversize
+OVERSIZE_REJECT: Oversize
+OVERSIZE_CLAMP: Oversize
+OVERSIZE_WARN: Oversize
 
 class Edit(_message.Message):
     __slots__ = ("dictionary", "feature", "ablate", "clamp", "scale", "add", "limit", "patch", "scope", "when")
@@ -154,3 +165,11 @@ class EditReport(_message.Message):
     mean_relative_size: float
     max_relative_size: float
     def __init__(self, revision: _Optional[int] = ..., edit: _Optional[int] = ..., tokens_in_scope: _Optional[int] = ..., tokens_changed: _Optional[int] = ..., mean_relative_size: _Optional[float] = ..., max_relative_size: _Optional[float] = ...) -> None: ...
+
+class SizeLimit(_message.Message):
+    __slots__ = ("max_relative_size", "oversize")
+    MAX_RELATIVE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    OVERSIZE_FIELD_NUMBER: _ClassVar[int]
+    max_relative_size: float
+    oversize: Oversize
+    def __init__(self, max_relative_size: _Optional[float] = ..., oversize: _Optional[_Union[Oversize, str]] = ...) -> None: ...

@@ -24,17 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15steer/v1/prompt.proto\x12\x08steer.v1\"L\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.steer.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"+\n\x0cPromptTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15steer/v1/prompt.proto\x12\x08steer.v1\"l\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.steer.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.steer.v1.ChatH\x00\x42\t\n\x07\x63ontent\"F\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.steer.v1.ChatMessage\x12\x15\n\rcontinue_last\x18\x02 \x01(\x08\"<\n\x0b\x43hatMessage\x12\x1c\n\x04role\x18\x01 \x01(\x0e\x32\x0e.steer.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"+\n\x0cPromptTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steer.v1.prompt_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ROLE']._serialized_start=349
+  _globals['_ROLE']._serialized_end=444
   _globals['_PROMPT']._serialized_start=35
-  _globals['_PROMPT']._serialized_end=111
-  _globals['_TOKENIDS']._serialized_start=113
-  _globals['_TOKENIDS']._serialized_end=136
-  _globals['_PROMPTTOKENS']._serialized_start=138
-  _globals['_PROMPTTOKENS']._serialized_end=181
+  _globals['_PROMPT']._serialized_end=143
+  _globals['_CHAT']._serialized_start=145
+  _globals['_CHAT']._serialized_end=215
+  _globals['_CHATMESSAGE']._serialized_start=217
+  _globals['_CHATMESSAGE']._serialized_end=277
+  _globals['_TOKENIDS']._serialized_start=279
+  _globals['_TOKENIDS']._serialized_end=302
+  _globals['_PROMPTTOKENS']._serialized_start=304
+  _globals['_PROMPTTOKENS']._serialized_end=347
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,11 @@ class SteeringServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Generate = channel.unary_unary(
+                '/steer.v1.SteeringService/Generate',
+                request_serializer=steer_dot_v1_dot_steering__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_steering__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.GenerateStream = channel.unary_stream(
                 '/steer.v1.SteeringService/GenerateStream',
                 request_serializer=steer_dot_v1_dot_steering__pb2.GenerateStreamRequest.SerializeToString,
@@ -49,6 +54,21 @@ class SteeringServiceStub:
                 request_serializer=steer_dot_v1_dot_steering__pb2.SessionRequest.SerializeToString,
                 response_deserializer=steer_dot_v1_dot_steering__pb2.SessionResponse.FromString,
                 _registered_method=True)
+        self.Compare = channel.unary_stream(
+                '/steer.v1.SteeringService/Compare',
+                request_serializer=steer_dot_v1_dot_steering__pb2.CompareRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_steering__pb2.CompareResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/steer.v1.SteeringService/Score',
+                request_serializer=steer_dot_v1_dot_steering__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_steering__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Patch = channel.unary_unary(
+                '/steer.v1.SteeringService/Patch',
+                request_serializer=steer_dot_v1_dot_steering__pb2.PatchRequest.SerializeToString,
+                response_deserializer=steer_dot_v1_dot_steering__pb2.PatchResponse.FromString,
+                _registered_method=True)
 
 
 class SteeringServiceServicer:
@@ -58,6 +78,15 @@ class SteeringServiceServicer:
     each edit did. Errors carry google.rpc.ErrorInfo (domain "steer") and, for a value of the request,
     google.rpc.BadRequest with its field path, such as `generation.edits[2].clamp.value`.
     """
+
+    def Generate(self, request, context):
+        """Generates under fixed edits, and answers once.
+
+        As GenerateStream, all events in one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
         """Generates under fixed edits. The first event is `started`, the last `finished`.
@@ -75,6 +104,33 @@ class SteeringServiceServicer:
         The client sends `start_turn`, then `update` as often as it likes; an update it may not make is
         answered by `update_rejected` and the session goes on. After `turn_finished` it may start another
         turn, whose indices begin anew. Half-closing lets the running turn end and then ends the session.
+        A session that idles, or lives, longer than the server allows ends with ABORTED, reason SESSION_EXPIRED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Compare(self, request, context):
+        """Generates from one prompt under several sets of edits, side by side and with the same seed, and says where
+        each departs from the first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """How likely the edited model finds given texts after a prompt, token by token. Nothing is drawn.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Patch(self, request, context):
+        """Runs one prompt with the activations of some features put in their place from another, for many sets of features
+        at once, and compares the next token's distribution with that of either prompt.
+
+        Activation patching as in arXiv 2309.08600, section 4: x of the target keeps its error term; only the named features'
+        activations are the source's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +139,11 @@ class SteeringServiceServicer:
 
 def add_SteeringServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Generate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=steer_dot_v1_dot_steering__pb2.GenerateRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_steering__pb2.GenerateResponse.SerializeToString,
+            ),
             'GenerateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateStream,
                     request_deserializer=steer_dot_v1_dot_steering__pb2.GenerateStreamRequest.FromString,
@@ -92,6 +153,21 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=steer_dot_v1_dot_steering__pb2.SessionRequest.FromString,
                     response_serializer=steer_dot_v1_dot_steering__pb2.SessionResponse.SerializeToString,
+            ),
+            'Compare': grpc.unary_stream_rpc_method_handler(
+                    servicer.Compare,
+                    request_deserializer=steer_dot_v1_dot_steering__pb2.CompareRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_steering__pb2.CompareResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=steer_dot_v1_dot_steering__pb2.ScoreRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_steering__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Patch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Patch,
+                    request_deserializer=steer_dot_v1_dot_steering__pb2.PatchRequest.FromString,
+                    response_serializer=steer_dot_v1_dot_steering__pb2.PatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -108,6 +184,33 @@ class SteeringService:
     each edit did. Errors carry google.rpc.ErrorInfo (domain "steer") and, for a value of the request,
     google.rpc.BadRequest with its field path, such as `generation.edits[2].clamp.value`.
     """
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steer.v1.SteeringService/Generate',
+            steer_dot_v1_dot_steering__pb2.GenerateRequest.SerializeToString,
+            steer_dot_v1_dot_steering__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GenerateStream(request,
@@ -153,6 +256,87 @@ class SteeringService:
             '/steer.v1.SteeringService/Session',
             steer_dot_v1_dot_steering__pb2.SessionRequest.SerializeToString,
             steer_dot_v1_dot_steering__pb2.SessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/steer.v1.SteeringService/Compare',
+            steer_dot_v1_dot_steering__pb2.CompareRequest.SerializeToString,
+            steer_dot_v1_dot_steering__pb2.CompareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steer.v1.SteeringService/Score',
+            steer_dot_v1_dot_steering__pb2.ScoreRequest.SerializeToString,
+            steer_dot_v1_dot_steering__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Patch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steer.v1.SteeringService/Patch',
+            steer_dot_v1_dot_steering__pb2.PatchRequest.SerializeToString,
+            steer_dot_v1_dot_steering__pb2.PatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
