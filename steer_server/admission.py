@@ -18,8 +18,9 @@ from steer_server.errors import (
 from steer_server.program import Program, ReadOut
 from steer_server.program_json import from_json, to_json
 
-MAX_EDITS = 64
-MAX_READ_OUTS = 8
+MAX_EDITS = 1024
+"""Of a program: as many as a row of the op's tables has room for. What clients may send is for who answers them."""
+MAX_READ_OUTS = 64
 MAX_FEATURES = 256
 MAX_TOP_K = 128
 MAX_ROW_BYTES = 32_768

@@ -4,12 +4,15 @@ import asyncio
 import math
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
@@ -32,6 +35,7 @@ from steer_server.errors import (
     UnsupportedVllm,
 )
 from steer_server.generation import (
+    EditReport,
     Finish,
     FinishReason,
     Generation,
@@ -43,7 +47,7 @@ from steer_server.generation import (
 from steer_server.program import FeatureEdit, Program, ReadOut, Scope
 from steer_server.vllm_plugin import KEY, WORKERS
 from steer_server.vllm_plugin.account import Account
-from steer_server.vllm_plugin.frontend import LIVE, Frontend, attach
+from steer_server.vllm_plugin.frontend import DISTRIBUTION, FORCED, LIVE, Frontend, attach
 from steer_server.vllm_plugin.report import StepResult
 from steer_server.vllm_plugin.sentinel import sentinel
 
@@ -177,10 +181,15 @@ class VllmEngine:
         index = 0
         try:
             prompt = TokensPrompt(prompt_token_ids=list(generation.prompt_token_ids))
-            stream = self._llm.generate(prompt, _parameters(generation), name)
+            stream = self._llm.generate(
+                prompt,
+                _parameters(generation),
+                name,
+                trace_headers=generation.trace_headers or None,
+            )
             async with aclosing(stream) as outputs:
                 async for output in outputs:
-                    step = _step(output, index, self._accounts.get(name))
+                    step = _step(output, index, generation.forced, self._accounts.get(name))
                     index += len(step.token_ids)
                     yield step
         except EngineDeadError as error:
@@ -195,6 +204,10 @@ class VllmEngine:
             self._accounts.pop(name, None)
             if name in self._live:
                 self._live.pop(name).set()
+
+    def reports(self, request_id: str) -> tuple[EditReport, ...]:
+        account = self._accounts.get(request_id)
+        return account.close() if account else ()
 
     async def update(self, request_id: str, program: Program) -> int:
         if request_id in self._live:
@@ -247,8 +260,29 @@ class _Tokenizer:
         self._tokenizer = tokenizer
         self._piece = lru_cache(maxsize=65536)(lambda token: tokenizer.decode([token]))
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+    @property
+    def chats(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=special)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=not continue_last,
+                continue_final_message=continue_last,
+            )
+        # A template may raise what it likes of what it is given.
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise InvalidRequest(f"the model's chat template refuses it: {error}") from error
+        # The template has put in the special tokens.
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         return [self._piece(token) for token in token_ids]
@@ -272,6 +306,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         pipeline_parallel_size=settings.pipeline_parallel_size,
         worker_cls=worker,
         scheduler_cls="steer_server.vllm_plugin.scheduler.scheduler",
+        max_logprobs=-1,
         enable_log_requests=False,
         # Part of vLLM's compile-cache key. Without it vLLM would load a model compiled without the op.
         additional_config={
@@ -297,8 +332,14 @@ def _set_environment(settings: EngineSettings) -> None:
 def _parameters(generation: Generation) -> SamplingParams:
     sampling, program = generation.sampling, generation.program
     extra: dict[str, Any] | None = None
-    if program != Program() or generation.live:
-        extra = {KEY: program, LIVE: generation.live}
+    if program != Program() or generation.live or sampling.distribution:
+        extra = {
+            KEY: program,
+            LIVE: generation.live,
+            FORCED: generation.forced,
+            DISTRIBUTION: sampling.distribution,
+        }
+    logprobs = -1 if sampling.distribution else 0 if sampling.logprobs else None
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
@@ -307,34 +348,55 @@ def _parameters(generation: Generation) -> SamplingParams:
         seed=sampling.seed,
         stop=list(sampling.stop),
         ignore_eos=sampling.ignore_eos,
-        logprobs=0 if sampling.logprobs else None,
+        logprobs=logprobs,
+        prompt_logprobs=0 if sampling.prompt_logprobs else None,
         extra_args=extra,
         output_kind=RequestOutputKind.DELTA,
     )
 
 
-def _step(output: Any, index: int, account: Account | None) -> StepOutput:
+def _step(output: Any, index: int, forced: int, account: Account | None) -> StepOutput:
     completion = output.outputs[0]
     token_ids = tuple(completion.token_ids)
     results = account.take() if account else []
     logprobs = completion.logprobs or ()
     finish = None
     if output.finished:
-        cached = output.num_cached_tokens or 0
         reason = FinishReason(completion.finish_reason)
         reports = account.close() if account and reason is not FinishReason.ABORT else ()
-        prompt_tokens = len(output.prompt_token_ids)
-        finish = Finish(reason, prompt_tokens, index + len(token_ids), cached, reports)
+        prompt_tokens = len(output.prompt_token_ids) - forced
+        generated = index + len(token_ids)
+        cached = output.num_cached_tokens or 0
+        finish = Finish(reason, prompt_tokens, generated, cached, reports)
     return StepOutput(
         index,
         token_ids,
         completion.text,
         tuple(entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=False)),
+        _prompt_logprobs(output),
+        _distribution(account),
         tuple(rows for result in results for rows in result.rows),
         account.applied(results) if account else (),
+        output.num_cached_tokens or 0,
         _seconds(results),
         finish,
     )
+
+
+def _prompt_logprobs(output: Any) -> tuple[float, ...]:
+    pairs = zip(output.prompt_logprobs or (), output.prompt_token_ids, strict=False)
+    return tuple(entry[token].logprob for entry, token in pairs if entry)
+
+
+def _distribution(account: Account | None) -> NDArray[np.float32] | None:
+    if account is None or account.distribution is None:
+        return None
+    lists, account.distribution = account.distribution, None
+    # The drawn token comes first, and once more in its place among all.
+    ids, logprobs = lists.logprob_token_ids[0], lists.logprobs[0]
+    found = np.full(len(ids) - 1, -np.inf, np.float32)
+    found[ids] = logprobs
+    return found
 
 
 def _seconds(results: Sequence[StepResult]) -> dict[str, float]:

@@ -3,17 +3,24 @@
 * SteerError
   x InvalidRequest
     - UnknownFeature
+    - PositionOutOfRange
     - ConflictingEdits
     - PromptTooLong
     - EditTooLarge
-  x DictionaryNotFound
+  x NotFound
+    - DictionaryNotFound
+    - PresetNotFound
+    - SessionNotFound
   x DictionaryMismatch
+  x UnsupportedModel
   x CorruptDictionary
   x Overloaded
   x EngineUnavailable
   x EditNotApplied
   x UnsupportedVllm
   x WrongState
+  x SessionClosed
+  x SessionExpired
   x InvalidConfig
 """
 
@@ -35,6 +42,10 @@ class UnknownFeature(InvalidRequest):
     """A feature index is not in the dictionary."""
 
 
+class PositionOutOfRange(InvalidRequest):
+    """A position is not in the prompt it counts in."""
+
+
 class ConflictingEdits(InvalidRequest):
     """Two edits of one program target the same feature."""
 
@@ -47,12 +58,24 @@ class EditTooLarge(InvalidRequest):
     """An edit would move x so far that the model could not compute with it."""
 
 
-class DictionaryNotFound(SteerError):
-    """No dictionary of that name is resident."""
+class NotFound(SteerError):
+    """Nothing of that name is there; base of those that say of what kind."""
 
     def __init__(self, message: str, *, name: str = "", field: str = "") -> None:
         super().__init__(message, field=field)
         self.name = name
+
+
+class DictionaryNotFound(NotFound):
+    """No dictionary of that name is resident."""
+
+
+class PresetNotFound(NotFound):
+    """The server's file has no preset of that name."""
+
+
+class UnsupportedModel(SteerError):
+    """The served model cannot do what was asked of it."""
 
 
 class DictionaryMismatch(SteerError):
@@ -81,6 +104,18 @@ class UnsupportedVllm(SteerError):
 
 class WrongState(SteerError):
     """The session cannot do that now: a turn runs, or none does."""
+
+
+class SessionClosed(SteerError):
+    """An operator has ended the session."""
+
+
+class SessionExpired(SteerError):
+    """The session idled, or lived, longer than the server allows."""
+
+
+class SessionNotFound(NotFound):
+    """No session of that name is open."""
 
 
 class InvalidConfig(SteerError):

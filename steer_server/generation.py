@@ -26,6 +26,10 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: bool = False
     """Return the log-probability of each generated token under the edited model."""
+    prompt_logprobs: bool = False
+    """Return that of each token of the prompt but the first, too; the whole prompt is computed then."""
+    distribution: bool = False
+    """Return the log-probability of every token of the vocabulary after the prompt; needs max_tokens 1."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class Generation:
     program: Program = field(default_factory=Program)
     live: bool = False
     """Its program may be updated while it runs; its KV blocks are shared with nobody."""
+    forced: int = 0
+    """So many tokens at the prompt's end count as generated, to the program and in what comes out."""
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+    """W3C trace context, for vLLM's own spans."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +95,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    FEATURE = "feature"
+    """A feature was active on which it was to stop; the engine knows nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ class Finish:
     cached_tokens: int
     """Prompt tokens taken from the prefix cache instead of being computed."""
     reports: tuple[EditReport, ...]
+    stopped_by: int | None = None
+    """Which of the features it was to stop at, with FinishReason.FEATURE."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +123,14 @@ class StepOutput:
     text: str
     """Added text; it may lag the tokens until a character is complete."""
     logprobs: tuple[float, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    """If asked for: in the first output, of each token of the prompt but the first."""
+    distribution: NDArray[np.float32] | None = None
+    """If asked for: log-probabilities by token, [vocab_size]."""
     activations: tuple[ActivationRows, ...] = ()
     applied: tuple[RevisionApplied, ...] = ()
+    cached_tokens: int = 0
+    """As in `Finish`."""
     encode_seconds: dict[str, float] = field(default_factory=dict)
     """Time the worker spent encoding for read-outs in these steps, by dictionary, whole batch."""
     finish: Finish | None = None
@@ -126,7 +144,25 @@ class Tokenizer(Protocol):
         """Every id of the model is below it."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        ...
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The ids of a text, with the special tokens that the tokenizer adds by itself, or without."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
+        """Messages (role, content) by the model's chat template; InvalidRequest if it refuses them.
+
+        The model is to begin a message of its own, or to go on with the last one.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text that these generated tokens print."""
+        ...
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Each token as it would be printed, spaces kept."""
@@ -165,6 +201,10 @@ class Engine(Protocol):
         """Makes the dictionary resident; DictionaryMismatch if model or sites do not fit."""
         ...
 
+    def reports(self, request_id: str) -> tuple[EditReport, ...]:
+        """Proof of what the edits of a running generation did as far as its outputs have come; as in `Finish`."""
+        ...
+
     def generate(self, generation: Generation) -> AsyncIterator[StepOutput]:
         """The outputs in order; the last has `finish`. Closing the iterator aborts the generation.
 
@@ -172,12 +212,15 @@ class Engine(Protocol):
         """
         ...
 
-    async def update(self, request_id: str, program: Program) -> int:
+    async def update(self, request_id: str, program: Program, at_index: int | None = None) -> int:
         """Replaces the program of a live generation and returns the new revision, counted from 1.
 
         The change is acknowledged by `StepOutput.applied`, or not at all if the generation ends first; InvalidRequest if
         it is not live or has ended.
         """
         ...
+
+    async def pause(self, request_id: str) -> None: ...
+    async def resume(self, request_id: str) -> None: ...
 
     async def shutdown(self) -> None: ...

@@ -7,7 +7,8 @@ from pathlib import Path
 from steer_server.dictionary.files import StoredDictionary, check_served, load
 from steer_server.errors import DictionaryNotFound, InvalidConfig
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+"""What a dictionary, and a preset, may be called."""
 
 
 class Registry:
@@ -26,7 +27,7 @@ class Registry:
     def add(self, name: str, stored: StoredDictionary) -> None:
         """InvalidConfig if the name is taken or not one, DictionaryMismatch if its site is not served."""
         check_served(stored.card)
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise InvalidConfig(
                 f"{name!r} cannot name a dictionary: 1 to 64 of a-z, 0-9, dot, dash and underscore, "
                 "the first a letter or digit",

@@ -34,6 +34,7 @@ class Gate:
     def __init__(self, limit: int) -> None:
         self.ready = False
         self.draining = asyncio.Event()
+        self.drain_seconds = 0.0
         self.idle = asyncio.Event()
         self.idle.set()
         self._limit = limit

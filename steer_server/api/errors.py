@@ -15,9 +15,13 @@ _Code = grpc.StatusCode
 _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
     errors.InvalidRequest: (_Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
     errors.UnknownFeature: (_Code.OUT_OF_RANGE, "UNKNOWN_FEATURE"),
+    errors.PositionOutOfRange: (_Code.OUT_OF_RANGE, "POSITION_OUT_OF_RANGE"),
     errors.ConflictingEdits: (_Code.INVALID_ARGUMENT, "CONFLICTING_EDITS"),
     errors.PromptTooLong: (_Code.INVALID_ARGUMENT, "PROMPT_TOO_LONG"),
+    errors.NotFound: (_Code.NOT_FOUND, "NOT_FOUND"),
     errors.DictionaryNotFound: (_Code.NOT_FOUND, "DICTIONARY_NOT_FOUND"),
+    errors.PresetNotFound: (_Code.NOT_FOUND, "PRESET_NOT_FOUND"),
+    errors.UnsupportedModel: (_Code.FAILED_PRECONDITION, "UNSUPPORTED_MODEL"),
     errors.DictionaryMismatch: (_Code.FAILED_PRECONDITION, "DICTIONARY_MISMATCH"),
     errors.CorruptDictionary: (_Code.DATA_LOSS, "CORRUPT_DICTIONARY"),
     errors.Overloaded: (_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
@@ -25,7 +29,16 @@ _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
     errors.EditNotApplied: (_Code.INTERNAL, "NOT_APPLIED"),
     errors.UnsupportedVllm: (_Code.FAILED_PRECONDITION, "UNSUPPORTED_VLLM"),
     errors.WrongState: (_Code.FAILED_PRECONDITION, "WRONG_STATE"),
+    errors.SessionClosed: (_Code.ABORTED, "SESSION_CLOSED"),
+    errors.SessionExpired: (_Code.ABORTED, "SESSION_EXPIRED"),
+    errors.SessionNotFound: (_Code.NOT_FOUND, "SESSION_NOT_FOUND"),
     errors.InvalidConfig: (_Code.FAILED_PRECONDITION, "INVALID_CONFIG"),
+}
+
+_RESOURCES: dict[type[errors.NotFound], str] = {
+    errors.DictionaryNotFound: DICTIONARY_TYPE,
+    errors.PresetNotFound: "steer.v1.Preset",
+    errors.SessionNotFound: "steer.v1.SessionInfo",
 }
 
 
@@ -68,16 +81,16 @@ def _advice(error: errors.SteerError, reason: str) -> list[Message]:
             field=error.field, description=str(error)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, errors.DictionaryNotFound):
+    if isinstance(error, errors.NotFound):
         resource = error_details_pb2.ResourceInfo(
-            resource_type=DICTIONARY_TYPE, resource_name=error.name, description=str(error)
+            resource_type=_RESOURCES[type(error)], resource_name=error.name, description=str(error)
         )
         details.append(resource)
     if isinstance(error, errors.Overloaded | errors.EngineUnavailable):
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.seconds = RETRY_SECONDS
         details.append(retry)
-    if isinstance(error, errors.DictionaryMismatch | errors.WrongState):
+    if isinstance(error, errors.DictionaryMismatch | errors.UnsupportedModel | errors.WrongState):
         failure = error_details_pb2.PreconditionFailure.Violation(
             type=reason, subject=error.field, description=str(error)
         )

@@ -1,12 +1,21 @@
 """What the engine gives, from domain to proto."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2
 
 from steer_server.api.edits import write_edits
+from steer_server.api.read_outs import write_read_outs
 from steer_server.api.wire import ResolvedRequest
-from steer_server.generation import ActivationRows, Finish, FinishReason, StepOutput, Tokenizer
+from steer_server.generation import (
+    ActivationRows,
+    EditReport,
+    Finish,
+    FinishReason,
+    StepOutput,
+    Tokenizer,
+)
 
 # Rows and activations of one message, some 10 bytes each: far below the 16 MiB a message may have.
 _ENTRIES_PER_MESSAGE = 1 << 16
@@ -15,6 +24,7 @@ _REASONS = {
     FinishReason.STOP: steering_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: steering_pb2.FINISH_REASON_LENGTH,
     FinishReason.ABORT: steering_pb2.FINISH_REASON_ABORT,
+    FinishReason.FEATURE: steering_pb2.FINISH_REASON_FEATURE,
 }
 
 
@@ -26,6 +36,23 @@ def started(
         prompt=prompt_tokens(request.prompt_token_ids, tokenizer),
         edits=write_edits(request.program.edits),
         max_tokens=request.sampling.max_tokens,
+        sampling=_sampling(request),
+        read_outs=write_read_outs(request.program.read_outs),
+    )
+
+
+def _sampling(request: ResolvedRequest) -> steering_pb2.Sampling:
+    sampling = request.sampling
+    return steering_pb2.Sampling(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        stop=sampling.stop,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        n=request.n,
     )
 
 
@@ -33,14 +60,21 @@ def prompt_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> prompt_pb2.Prompt
     return prompt_pb2.PromptTokens(ids=ids, pieces=tokenizer.pieces(ids))
 
 
-def tokens(output: StepOutput) -> Iterator[steering_pb2.Tokens]:
+def tokens(
+    output: StepOutput, revision: int = 0, sequence: int = 0
+) -> Iterator[steering_pb2.Tokens]:
     """The tokens and activations of `output`, in as many messages as their size asks for."""
+    common: dict[str, Any] = {
+        "first_index": output.first_index,
+        "sequence": sequence,
+        "revision": revision,
+    }
     *before, last = batches(output.activations) or [[]]
     for batch in before:
-        yield steering_pb2.Tokens(first_index=output.first_index, activations=batch)
+        yield steering_pb2.Tokens(**common, activations=batch)
     if output.token_ids or output.text or last:
         yield steering_pb2.Tokens(
-            first_index=output.first_index,
+            **common,
             ids=output.token_ids,
             text=output.text,
             logprobs=output.logprobs,
@@ -82,7 +116,7 @@ def _sparse(rows: ActivationRows, first: int, last: int) -> activations_pb2.Spar
     )
 
 
-def finished(finish: Finish) -> steering_pb2.Finished:
+def finished(finish: Finish, sequence: int = 0) -> steering_pb2.Finished:
     return steering_pb2.Finished(
         reason=_REASONS[finish.reason],
         usage=steering_pb2.Usage(
@@ -90,15 +124,21 @@ def finished(finish: Finish) -> steering_pb2.Finished:
             generated_tokens=finish.generated_tokens,
             cached_tokens=finish.cached_tokens,
         ),
-        edit_reports=[
-            edits_pb2.EditReport(
-                revision=report.revision,
-                edit=report.edit,
-                tokens_in_scope=report.tokens_in_scope,
-                tokens_changed=report.tokens_changed,
-                mean_relative_size=report.mean_relative_size,
-                max_relative_size=report.max_relative_size,
-            )
-            for report in finish.reports
-        ],
+        edit_reports=edit_reports(finish.reports),
+        sequence=sequence,
+        stopped_by=finish.stopped_by,
     )
+
+
+def edit_reports(reports: Sequence[EditReport]) -> list[edits_pb2.EditReport]:
+    return [
+        edits_pb2.EditReport(
+            revision=report.revision,
+            edit=report.edit,
+            tokens_in_scope=report.tokens_in_scope,
+            tokens_changed=report.tokens_changed,
+            mean_relative_size=report.mean_relative_size,
+            max_relative_size=report.max_relative_size,
+        )
+        for report in reports
+    ]

@@ -1,17 +1,26 @@
-"""One generation from the API's side: hidden read-outs of watched features, metrics, updates."""
+"""One generation from the API's side: hidden read-outs of watched features, metrics, updates, its end at a feature."""
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import cast
 
 import numpy as np
 
 from steer_server.api.edits import op_of
-from steer_server.api.wire import ResolvedRequest
+from steer_server.api.presets import Presets
+from steer_server.api.stopping import Stopper
+from steer_server.api.wire import ResolvedRequest, Served
 from steer_server.errors import EditNotApplied, InvalidRequest, WrongState
-from steer_server.generation import ActivationRows, Engine, Finish, Generation, StepOutput
+from steer_server.generation import (
+    ActivationRows,
+    Engine,
+    Finish,
+    FinishReason,
+    Generation,
+    StepOutput,
+)
 from steer_server.metrics import Metrics
 from steer_server.program import FeatureEdit, Program, ReadOut
 from steer_server.registry import Registry
@@ -26,11 +35,13 @@ class Generations:
         registry: Registry,
         metrics: Metrics,
         watch: Mapping[str, Sequence[int]],
+        presets: Presets | None = None,
     ) -> None:
         """`watch` lists the features whose activations become metrics, by dictionary."""
         self.engine = engine
         self.registry = registry
         self.metrics = metrics
+        self.served = Served(engine, registry, presets or Presets())
         self._hidden = tuple(
             ReadOut(name, features=tuple(features), complete=False)
             for name, features in watch.items()
@@ -41,6 +52,19 @@ class Generations:
     ) -> "Run":
         """The generation, not yet running; `rpc` names it in metrics."""
         return Run(self.engine, self.metrics, self._hidden, rpc, request_id, request, live)
+
+    def begin_all(self, rpc: str, request_id: str, request: ResolvedRequest) -> list["Run"]:
+        """The request's sequences, each a generation of its own; a seed counts up over them, as in vLLM."""
+        if request.n == 1:
+            return [self.begin(rpc, request_id, request)]
+        runs = []
+        for number in range(request.n):
+            sampling = request.sampling
+            if sampling.seed is not None:
+                sampling = replace(sampling, seed=sampling.seed + number)
+            one = replace(request, sampling=sampling, n=1)
+            runs.append(self.begin(rpc, f"{request_id}-{number}", one))
+        return runs
 
 
 class Run:
@@ -57,19 +81,31 @@ class Run:
         live: bool,
     ) -> None:
         self.request_id = request_id
-        self.prompt_length = len(request.prompt_token_ids)
+        self.prompt_length = len(request.prompt_token_ids) - request.forced
         self.generated = 0
         self._engine = engine
         self._metrics = metrics
         self._rpc = rpc
-        self._visible = len(request.program.read_outs)
-        program = replace(request.program, read_outs=(*request.program.read_outs, *hidden))
+        self.cached_tokens = 0
+        self.revision = 0
+        """The one under which the last token was drawn."""
+        self._stopper = Stopper(
+            request.stop_when, len(hidden), self.prompt_length, engine.tokenizer
+        )
+        # First, so that their numbers stay the same whatever an update asks for.
+        self._hidden = (*hidden, *self._stopper.read_outs)
+        self._watched = len(hidden)
+        program = self._with_hidden(request.program)
         self._programs = {0: program}
         self._asked = program
         """Of the last update, whose revision is known only when the engine answers."""
-        self._l0_sources = _l0_sources(program.read_outs)
         self._generation = Generation(
-            request_id, request.prompt_token_ids, request.sampling, program, live
+            request_id,
+            request.prompt_token_ids,
+            request.sampling,
+            program,
+            live,
+            request.forced,
         )
         self._began = time.perf_counter()
 
@@ -80,7 +116,11 @@ class Run:
 
     def edits(self, revision: int) -> tuple[FeatureEdit, ...]:
         """The edits of a revision; 0 is what the generation began with."""
-        return self._programs.get(revision, self._asked).edits
+        return self._of(revision).edits
+
+    def read_outs(self, revision: int) -> tuple[ReadOut, ...]:
+        """Those that were asked for in a revision."""
+        return self._of(revision).read_outs[len(self._hidden) :]
 
     async def outputs(self) -> AsyncGenerator[StepOutput, None]:
         """The engine's outputs without the rows that nobody asked for."""
@@ -91,9 +131,16 @@ class Run:
             async with aclosing(steps):
                 async for output in steps:
                     self._observe(output)
-                    if output.finish:
-                        reason = output.finish.reason.value
-                    yield self._without_hidden(output)
+                    shown, stopped_by = self._stopper.cut(output)
+                    self.generated = shown.first_index + len(shown.token_ids)
+                    if stopped_by is not None:
+                        shown = replace(shown, finish=self._stopped(output, stopped_by))
+                    if shown.finish:
+                        self._observe_reports(shown.finish)
+                        reason = shown.finish.reason.value
+                    yield self._without_hidden(shown)
+                    if stopped_by is not None:
+                        return
         except EditNotApplied:
             self._metrics.edit_not_applied.inc()
             reason = "error"
@@ -106,19 +153,50 @@ class Run:
             seconds = time.perf_counter() - self._began
             self._metrics.request_seconds.labels(self.steered).observe(seconds)
 
-    async def update(self, edits: tuple[FeatureEdit, ...]) -> int:
-        """Replaces the edits and returns their revision; WrongState if the generation has ended."""
-        self._asked = program = Program(edits, self._programs[0].read_outs)
-        try:
-            revision = await self._engine.update(self.request_id, program)
-        except InvalidRequest as error:
-            raise WrongState(f"the turn has ended: {error}") from error
+    async def update(self, program: Program, at_index: int | None = None) -> int:
+        """Replaces the program and returns its revision; WrongState if the generation has ended.
+
+        It holds from the next token on, or from generated token `at_index`.
+        """
+        self._asked = program = self._with_hidden(program)
+        with _running():
+            revision = await self._engine.update(self.request_id, program, at_index)
         self._programs[revision] = program
         return revision
 
+    async def pause(self) -> None:
+        """No token is computed until `resume`; WrongState if the generation has ended."""
+        with _running():
+            await self._engine.pause(self.request_id)
+
+    async def resume(self) -> None:
+        """Goes on as if it had never paused."""
+        with _running():
+            await self._engine.resume(self.request_id)
+
+    def _of(self, revision: int) -> Program:
+        return self._programs.get(revision, self._asked)
+
+    def _with_hidden(self, program: Program) -> Program:
+        return replace(program, read_outs=(*self._hidden, *program.read_outs))
+
     def _without_hidden(self, output: StepOutput) -> StepOutput:
-        shown = tuple(rows for rows in output.activations if rows.read_out < self._visible)
-        return replace(output, activations=shown)
+        hidden = len(self._hidden)
+        shown = (rows for rows in output.activations if rows.read_out >= hidden)
+        rows = tuple(replace(rows, read_out=rows.read_out - hidden) for rows in shown)
+        return replace(output, activations=rows)
+
+    def _stopped(self, output: StepOutput, stopped_by: int) -> Finish:
+        """The end that the API makes of a generation which the engine would go on with."""
+        reports = output.finish.reports if output.finish else self._engine.reports(self.request_id)
+        return Finish(
+            FinishReason.FEATURE,
+            self.prompt_length,
+            self.generated,
+            self.cached_tokens,
+            reports,
+            stopped_by=stopped_by,
+        )
 
     def _observe(self, output: StepOutput) -> None:
         metrics, steered = self._metrics, self.steered
@@ -126,29 +204,31 @@ class Run:
             metrics.tokens.labels("prompt", steered).inc(self.prompt_length)
             waited = time.perf_counter() - self._began
             metrics.first_token_seconds.labels(steered).observe(waited)
-        self.generated += len(output.token_ids)
         metrics.tokens.labels("generated", steered).inc(len(output.token_ids))
+        self.cached_tokens = output.cached_tokens
+        last = output.first_index + len(output.token_ids) - 1
+        begun = (entry.revision for entry in output.applied if entry.first_index <= last)
+        self.revision = max(self.revision, *begun, 0)
+        sources = _l0_sources(self._of(self.revision).read_outs)
         for name, seconds in output.encode_seconds.items():
             metrics.encode_seconds.labels(name).observe(seconds)
         for rows in output.activations:
-            if rows.read_out >= self._visible:
+            if rows.read_out < self._watched:
                 self._observe_watched(rows)
-            self._observe_active(rows)
-        if output.finish:
-            self._observe_reports(output.finish)
+            self._observe_active(rows, sources)
 
     def _observe_watched(self, rows: ActivationRows) -> None:
         for feature in np.unique(rows.features):
             values = rows.values[rows.features == feature]
             self._metrics.feature_activation.observe((rows.dictionary, str(feature)), values)
 
-    def _observe_active(self, rows: ActivationRows) -> None:
+    def _observe_active(self, rows: ActivationRows, sources: Mapping[tuple[str, str], int]) -> None:
         """Counts a row once, however many read-outs of its dictionary it is in."""
         if rows.active is None:
             return
         in_prompt = rows.positions < self.prompt_length
         for phase, where in (("prompt", in_prompt), ("generated", ~in_prompt)):
-            if self._l0_sources.get((rows.dictionary, phase)) == rows.read_out:
+            if sources.get((rows.dictionary, phase)) == rows.read_out:
                 self._metrics.active_features.observe((rows.dictionary,), rows.active[where])
 
     def _observe_reports(self, finish: Finish) -> None:
@@ -158,6 +238,15 @@ class Run:
             changed.inc(report.tokens_changed)
             if report.tokens_in_scope:
                 self._metrics.edit_relative_size.observe(report.mean_relative_size)
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """What the engine refuses of a generation that has ended is the wrong time, not a wrong value."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise WrongState(f"the turn has ended: {error}") from error
 
 
 def _l0_sources(read_outs: Sequence[ReadOut]) -> dict[tuple[str, str], int]:

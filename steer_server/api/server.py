@@ -20,6 +20,7 @@ from steer_server.api.activations import ActivationService
 from steer_server.api.calls import CallInterceptor, Gate
 from steer_server.api.dictionaries import DictionaryService
 from steer_server.api.generations import Generations
+from steer_server.api.sessions import Sessions
 from steer_server.api.steering import SteeringService
 from steer_server.errors import InvalidConfig
 from steer_server.metrics import Metrics
@@ -73,7 +74,7 @@ class Server:
     async def start(self, generations: Generations) -> None:
         """Begins to listen; until `open` only health and reflection answer."""
         steering_pb2_grpc.add_SteeringServiceServicer_to_server(
-            SteeringService(generations, self._gate), self._server
+            SteeringService(generations, self._gate, Sessions()), self._server
         )
         activations_pb2_grpc.add_ActivationServiceServicer_to_server(
             ActivationService(generations), self._server
@@ -95,6 +96,7 @@ class Server:
     async def drain(self, seconds: float) -> None:
         """Refuses new calls and returns when the running ones have ended, after `seconds` at most."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._gate.drain_seconds = seconds
         self._gate.draining.set()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._gate.idle.wait(), seconds)

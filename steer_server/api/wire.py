@@ -1,24 +1,46 @@
 """Requests from proto to domain, with all validation; an error names the proto path of the value at fault."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2
+from steer.v1 import activations_pb2, edits_pb2, steering_pb2
 
-from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_TOP_K, check, check_scopes
-from steer_server.api.edits import Limits, check_feature, check_vocabulary, read_edits, read_phases
-from steer_server.dictionary.files import StoredDictionary
-from steer_server.errors import InvalidRequest, PromptTooLong, SteerError
+from steer_server.admission import check, check_scopes
+from steer_server.api.edits import Limits, check_feature, read_edits
+from steer_server.api.presets import Presets
+from steer_server.api.prompts import read_prompt
+from steer_server.api.read_outs import MAX_READ_OUTS, read_read_outs
+from steer_server.errors import InvalidRequest, SteerError
 from steer_server.generation import Engine, Sampling
-from steer_server.program import Program, ReadOut
+from steer_server.program import (
+    MAX_RELATIVE_SIZE,
+    Condition,
+    FeatureEdit,
+    Oversize,
+    Program,
+    ReadOut,
+)
 from steer_server.registry import Registry
 from steer_server.units import finite
 
 MAX_STOPS = 16
 MAX_TEMPERATURE = 2.0
+MAX_SEQUENCES = 16
+MAX_PRESETS = 8
+MAX_STOP_WHEN = 8
+
+
+@dataclass(frozen=True)
+class Served:
+    """What requests are about."""
+
+    engine: Engine
+    registry: Registry
+    presets: Presets = field(default_factory=Presets)
 
 
 @dataclass(frozen=True)
@@ -28,34 +50,92 @@ class ResolvedRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     program: Program
+    n: int = 1
+    """Sequences to draw."""
+    stop_when: tuple[Condition, ...] = ()
+    """The generation ends with the first generated token on which one holds."""
+    forced: int = 0
+    """So many tokens at the prompt's end count as generated."""
+
+
+class _Steered(Protocol):
+    """A message with edits."""
+
+    @property
+    def edits(self) -> Sequence[edits_pb2.Edit]: ...
+    @property
+    def presets(self) -> Sequence[str]: ...
+    @property
+    def size_limit(self) -> edits_pb2.SizeLimit: ...
+    def HasField(self, field_name: Any, /) -> bool: ...
 
 
 def read_generation(
-    message: steering_pb2.Generation, engine: Engine, registry: Registry, path: str
+    message: steering_pb2.Generation, served: Served, path: str, *, many: bool = False
 ) -> ResolvedRequest:
-    """The generation asked for at `path`; max_tokens is cut to what the context leaves."""
-    prompt = read_prompt(message.prompt, engine, f"{path}.prompt")
-    room = engine.max_model_len - len(prompt)
+    """The generation asked for at `path`; max_tokens is cut to what the context leaves.
+
+    Without `many` it has to be of one sequence.
+    """
+    prompt = read_prompt(message.prompt, served.engine, f"{path}.prompt")
+    room = served.engine.max_model_len - len(prompt)
     sampling = _read_sampling(message.sampling, room, f"{path}.sampling")
-    edits = read_edits(message.edits, registry, limits(engine), f"{path}.edits")
-    read_outs = _read_read_outs(message.read_outs, registry, f"{path}.read_outs")
-    program = admit(Program(edits, read_outs), registry, len(prompt), path)
-    with _within(path):
-        check_scopes(program, len(prompt), sampling.max_tokens)
-    return ResolvedRequest(prompt, sampling, program)
+    n = _read_n(message.sampling, many, f"{path}.sampling.n")
+    read_outs = read_read_outs(message.read_outs, served.registry, f"{path}.read_outs")
+    computed = sampling.max_tokens
+    program = read_program(message, served, len(prompt), path, read_outs, computed=computed)
+    stop_when = _read_stop_when(message.stop_when, served.registry, f"{path}.stop_when")
+    return ResolvedRequest(prompt, sampling, program, n, stop_when)
+
+
+def read_program(
+    message: _Steered,
+    served: Served,
+    prompt_length: int,
+    path: str,
+    read_outs: tuple[ReadOut, ...] = (),
+    *,
+    computed: int | None = None,
+) -> Program:
+    """The program of the message at `path`, its presets first, checked and with absolute positions.
+
+    Scopes that hold at none of the prompt's positions and the `computed` generated ones are refused.
+    """
+    registry, edits, sources = served.registry, list[FeatureEdit](), list[str]()
+    if len(message.presets) > MAX_PRESETS:
+        raise InvalidRequest(
+            f"{len(message.presets)} presets; at most {MAX_PRESETS}", field=f"{path}.presets"
+        )
+    for index, name in enumerate(message.presets):
+        where = f"presets[{index}]"
+        preset = served.presets.get(name, field=f"{path}.{where}")
+        edits += _of_preset(preset.edits, served, f"{path}.{where}")
+        sources += [where] * len(preset.edits)
+    own = read_edits(message.edits, registry, limits(served.engine), f"{path}.edits")
+    sources += [f"edits[{index}]" for index in range(len(own))]
+    limit = {}
+    if message.HasField("size_limit"):
+        limit = _read_size_limit(message.size_limit, f"{path}.size_limit")
+    program = Program((*edits, *own), read_outs, **limit)
+    with _within(path, sources):
+        program = program.resolve(prompt_length)
+        check(program, dict(registry))
+        if computed is not None:
+            check_scopes(program, prompt_length, computed)
+    return program
+
+
+def read_preset(edits: Sequence[edits_pb2.Edit], served: Served, path: str) -> Program:
+    """The edits of a preset as a program, checked but for what depends on a prompt."""
+    program = Program(_of_preset(edits, served, path))
+    with _within(path, []):
+        check(program, dict(served.registry))
+    return program
 
 
 def limits(engine: Engine) -> Limits:
     """What positions and tokens may be."""
     return Limits(engine.max_model_len, engine.tokenizer.vocab_size)
-
-
-def admit(program: Program, registry: Registry, prompt_length: int, path: str) -> Program:
-    """The program with absolute positions, checked against the dictionaries; its lists lie at `path`."""
-    with _within(path):
-        resolved = program.resolve(prompt_length)
-        check(resolved, dict(registry))
-    return resolved
 
 
 def read_encode(
@@ -77,32 +157,71 @@ def read_encode(
             )
     read_outs = tuple(
         replace(entry, prompt=True, generated=False)
-        for entry in _read_read_outs(message.read_outs, registry, "read_outs")
+        for entry in read_read_outs(message.read_outs, registry, "read_outs")
     )
-    program = admit(Program(read_outs=read_outs), registry, len(prompt), "")
+    program = Program(read_outs=read_outs)
+    with _within("", []):
+        check(program, dict(registry))
     return ResolvedRequest(prompt, Sampling(max_tokens=1, temperature=0.0), program)
 
 
-def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> tuple[int, ...]:
-    """The prompt's token ids: at least one, and fewer than the model's context holds."""
-    match message.WhichOneof("content"):
-        case "text":
-            where = f"{path}.text"
-            ids = tuple(engine.tokenizer.encode(message.text)) if message.text else ()
-        case "token_ids":
-            where = f"{path}.token_ids.ids"
-            ids = tuple(message.token_ids.ids)
-            check_vocabulary(ids, engine.tokenizer.vocab_size, where)
-        case _:
-            raise InvalidRequest("required: set text or token_ids", field=path)
-    if not ids:
-        raise InvalidRequest("is empty; the model needs at least one token", field=where)
-    if len(ids) >= engine.max_model_len:
-        raise PromptTooLong(
-            f"{len(ids)} tokens; at most {engine.max_model_len - 1} leave room for one more",
-            field=where,
+def _of_preset(
+    edits: Sequence[edits_pb2.Edit], served: Served, path: str
+) -> tuple[FeatureEdit, ...]:
+    try:
+        return read_edits(edits, served.registry, limits(served.engine), "edits")
+    except SteerError as error:
+        # The request has no path to what is inside a preset.
+        error.args = (f"{error.field}: {error}",)
+        error.field = path
+        raise
+
+
+def _read_size_limit(message: edits_pb2.SizeLimit, path: str) -> dict[str, Any]:
+    size = message.max_relative_size
+    if not 0 < size <= MAX_RELATIVE_SIZE:
+        raise InvalidRequest(
+            f"{size} is not above 0 and at most {MAX_RELATIVE_SIZE:g}",
+            field=f"{path}.max_relative_size",
         )
-    return ids
+    if message.oversize not in _OVERSIZE:
+        known = ", ".join(edits_pb2.Oversize.keys()[1:])
+        raise InvalidRequest(f"{message.oversize} is none of {known}", field=f"{path}.oversize")
+    return {"max_relative_size": size, "oversize": _OVERSIZE[message.oversize]}
+
+
+_OVERSIZE = {
+    edits_pb2.OVERSIZE_UNSPECIFIED: Oversize.REJECT,
+    edits_pb2.OVERSIZE_REJECT: Oversize.REJECT,
+    edits_pb2.OVERSIZE_CLAMP: Oversize.CLAMP,
+    edits_pb2.OVERSIZE_WARN: Oversize.WARN,
+}
+
+
+def _read_stop_when(
+    messages: Sequence[edits_pb2.Condition], registry: Registry, path: str
+) -> tuple[Condition, ...]:
+    if len(messages) > MAX_STOP_WHEN:
+        raise InvalidRequest(f"{len(messages)} conditions; at most {MAX_STOP_WHEN}", field=path)
+    found = []
+    for index, message in enumerate(messages):
+        where = f"{path}[{index}]"
+        stored = registry.get(message.dictionary, field=f"{where}.dictionary")
+        if not message.HasField("feature"):
+            raise InvalidRequest("required", field=f"{where}.feature")
+        feature = check_feature(message.feature, stored, f"{where}.feature")
+        above = finite(message.above, field=f"{where}.above")
+        found.append(Condition(message.dictionary, feature, above))
+    return tuple(found)
+
+
+def _read_n(message: steering_pb2.Sampling, many: bool, path: str) -> int:
+    n = message.n if message.HasField("n") else 1
+    if not 1 <= n <= MAX_SEQUENCES:
+        raise InvalidRequest(f"{n} is not in 1..{MAX_SEQUENCES}", field=path)
+    if n > 1 and not many:
+        raise InvalidRequest(f"{n} sequences; one is drawn here", field=path)
+    return n
 
 
 def _read_sampling(message: steering_pb2.Sampling, room: int, path: str) -> Sampling:
@@ -146,62 +265,6 @@ def _read_stops(stops: Sequence[str], path: str) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _read_read_outs(
-    messages: Sequence[activations_pb2.ReadOut], registry: Registry, path: str
-) -> tuple[ReadOut, ...]:
-    if len(messages) > MAX_READ_OUTS:
-        raise InvalidRequest(f"{len(messages)} read-outs; at most {MAX_READ_OUTS}", field=path)
-    return tuple(
-        _read_read_out(message, registry, f"{path}[{index}]")
-        for index, message in enumerate(messages)
-    )
-
-
-def _read_read_out(message: activations_pb2.ReadOut, registry: Registry, path: str) -> ReadOut:
-    stored = registry.get(message.dictionary, field=f"{path}.dictionary")
-    prompt, generated = read_phases(message.phases, f"{path}.phases")
-    if message.stage not in activations_pb2.Stage.values():
-        raise InvalidRequest(
-            f"stage {message.stage} is neither STAGE_BEFORE_EDITS (1) nor STAGE_AFTER_EDITS (2)",
-            field=f"{path}.stage",
-        )
-    return ReadOut(
-        message.dictionary,
-        **_read_selection(message, stored, path),
-        prompt=prompt,
-        generated=generated,
-        edited=message.stage == activations_pb2.STAGE_AFTER_EDITS,
-        complete=not message.skip_cached,
-    )
-
-
-def _read_selection(
-    message: activations_pb2.ReadOut, stored: StoredDictionary, path: str
-) -> dict[str, Any]:
-    match message.WhichOneof("selection"):
-        case "top_k":
-            if not 1 <= message.top_k <= MAX_TOP_K:
-                raise InvalidRequest(
-                    f"{message.top_k} is not in 1..{MAX_TOP_K}", field=f"{path}.top_k"
-                )
-            return {"top_k": min(message.top_k, stored.card.n_features)}
-        case "features":
-            features = tuple(message.features.features)
-            where = f"{path}.features.features"
-            if not 1 <= len(features) <= MAX_FEATURES:
-                raise InvalidRequest(f"{len(features)} features; 1 to {MAX_FEATURES}", field=where)
-            for index, feature in enumerate(features):
-                check_feature(feature, stored, f"{where}[{index}]")
-            return {"features": features}
-        case "above":
-            threshold = finite(message.above.threshold, field=f"{path}.above.threshold")
-            if not message.above.HasField("row_bytes"):
-                return {"above": threshold}
-            return {"above": threshold, "row_bytes": message.above.row_bytes}
-        case _:
-            raise InvalidRequest("set one of top_k, features and above", field=f"{path}.selection")
-
-
 _PROTO_NAMES = {
     "features": "features.features",
     "above": "above.threshold",
@@ -211,14 +274,29 @@ _PROTO_NAMES = {
 
 
 @contextmanager
-def _within(path: str) -> Iterator[None]:
-    """Errors of a program name their place in the request, where the program's lists lie at `path`."""
+def _within(path: str, sources: Sequence[str]) -> Iterator[None]:
+    """Errors of a program name their place in the request.
+
+    The program's lists lie at `path` there; `sources` are where its edits come from, if not all from `edits`.
+    """
+
+    def source(match: re.Match[str]) -> str:
+        index = int(match[1])
+        return sources[index] if index < len(sources) else match[0]
+
     try:
         yield
     except SteerError as error:
+        error.args = (_EDIT.sub(source, str(error)),)
         start, dot, last = error.field.rpartition(".")
         if start.startswith("read_outs"):
             last = _PROTO_NAMES.get(last, last)
-        parts = [part for part in (path, f"{start}{dot}{last}") if part]
-        error.field = ".".join(parts)
+        place = _EDIT.sub(source, f"{start}{dot}{last}")
+        if place.startswith("presets"):
+            # The request has no path to what is inside one.
+            place = place.partition(".")[0]
+        error.field = ".".join(part for part in (path, place) if part)
         raise
+
+
+_EDIT = re.compile(r"\bedits\[([0-9]+)\]")

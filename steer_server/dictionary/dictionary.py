@@ -85,6 +85,13 @@ class Dictionary:
         if (self.k > 0) != (self.activation is Activation.TOP_K):
             raise ValueError("k goes with top_k, and with nothing else")
 
+    @property
+    def non_negative(self) -> bool:
+        """Whether no activation is ever below 0."""
+        if self.threshold is not None:
+            return bool((self.threshold >= 0).all())
+        return self.activation is not Activation.IDENTITY
+
     @classmethod
     def tied(
         cls,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +66,11 @@ class Account:
     starts: list[int | None] = field(default_factory=lambda: [0])
     """By revision: the first position it held at, as the worker reported; None until then."""
     token_ids: list[int] = field(default_factory=list)
-    """Generated so far."""
+    """Generated so far, or forced."""
     inbox: list[StepResult] = field(default_factory=list)
+    wants_distribution: bool = False
+    distribution: Any = None
+    """vLLM's LogprobsLists of the one token generated."""
     _skipped: list[tuple[int, int]] = field(default_factory=list)
     """Runs of positions taken from the prefix cache."""
     _totals: dict[int, _Totals] = field(default_factory=dict)

@@ -25,6 +25,11 @@ from steer_server.vllm_plugin.report import StepReport
 
 LIVE = "steer_live"
 """In `extra_args` beside the program of a request that may be updated while it runs."""
+FORCED = "steer_forced"
+"""Beside it: how many tokens at the prompt's end count as generated."""
+DISTRIBUTION = "steer_distribution"
+"""Beside it: the log-probabilities go to the account, not through vLLM's lists."""
+_OWN = {KEY, LIVE, FORCED, DISTRIBUTION}
 MAX_REVISIONS = 256
 
 
@@ -72,20 +77,23 @@ class Frontend:
         assert parameters is not None
         if request.prompt_token_ids is None:
             raise InvalidRequest("edits and read-outs need a prompt of tokens, not of embeddings")
-        live = bool(extra.get(LIVE))
-        length = len(request.prompt_token_ids)
+        live, forced = bool(extra.get(LIVE)), int(extra.get(FORCED, 0))
+        length = len(request.prompt_token_ids) - forced
         program = parse(extra[KEY], self.dictionaries)
         check(program, self.dictionaries)
         program = program.resolve(length)
-        check_scopes(program, length, parameters.max_tokens or 1)
+        check_scopes(program, length, forced + (parameters.max_tokens or 1))
         content = wire(program, self.dictionaries, self.sites, self.slots)
-        rest = {key: value for key, value in extra.items() if key not in (KEY, LIVE)}
+        content["prompt_length"] = length
+        rest = {key: value for key, value in extra.items() if key not in _OWN}
         # vLLM gives several sequences of one request the same parameters.
         parameters = request.sampling_params = copy(parameters)
         parameters.extra_args = {**rest, KEY: content}
-        self._see_to_cache(request, parameters, program, live)
+        self._see_to_cache(request, parameters, program, length, live)
         self._forget_ended(known)
-        account = Account(request.prompt_token_ids, [program])
+        ids = request.prompt_token_ids
+        account = Account(ids[:length], [program], token_ids=list(ids[length:]))
+        account.wants_distribution = bool(extra.get(DISTRIBUTION))
         self.accounts[request.request_id] = account
         self._names[name, index] = request.request_id
         self._admitted(name, account)
@@ -123,6 +131,9 @@ class Frontend:
             account = self.accounts.get(output.request_id)
             if account is not None:
                 account.token_ids += output.new_token_ids
+                if account.wants_distribution and output.new_logprobs is not None:
+                    # vLLM would make a Python object of every token's.
+                    account.distribution, output.new_logprobs = output.new_logprobs, None
 
     def _enter(self, content: Mapping[str, Any]) -> None:
         self.load = self._load(*content["load"])
@@ -141,11 +152,12 @@ class Frontend:
         request: EngineCoreRequest,
         parameters: SamplingParams,
         program: Program,
+        prompt_length: int,
         live: bool,
     ) -> None:
         hashes = {name: stored.card.arithmetic for name, stored in self.dictionaries.items()}
         nonce = uuid.uuid4().hex if live else ""
-        salt = program.cache_salt(hashes, len(request.prompt_token_ids or ()), nonce)
+        salt = program.cache_salt(hashes, prompt_length, nonce)
         if salt is not None:
             # The caller's own salt keeps apart what it kept apart.
             request.cache_salt = f"{request.cache_salt or ''}{salt}"

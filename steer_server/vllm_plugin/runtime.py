@@ -79,12 +79,12 @@ class Runtime:
         self._changed = False
         self._step: Step | None = None
 
-    def admit(self, vllm_id: str, prompt_length: int, content: Mapping[str, Any]) -> None:
+    def admit(self, vllm_id: str, content: Mapping[str, Any]) -> None:
         """A request was scheduled for the first time, or again after a preemption."""
         if vllm_id not in self._states:
             program = from_json(content["program"])
             self.residents.acquire(program.features())
-            self._states[vllm_id] = RequestState(prompt_length, [program])
+            self._states[vllm_id] = RequestState(content["prompt_length"], [program])
             self._changed = True
 
     def update(self, vllm_id: str, content: Mapping[str, Any]) -> None:

@@ -80,7 +80,7 @@ class SteerWorker:
             parameters = request.sampling_params
             content = (parameters.extra_args or {}).get(KEY) if parameters else None
             if content is not None:
-                self.steer.admit(request.req_id, len(request.prompt_token_ids), content)
+                self.steer.admit(request.req_id, content)
         for vllm_id, programs in getattr(scheduler_output, "steer_updates", {}).items():
             for program in programs:
                 self.steer.update(vllm_id, program)

@@ -1,7 +1,7 @@
 """An engine without a model: its x is made up, what dictionaries make of x is real."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,9 +31,19 @@ class CharTokenizer:
     """One token per ASCII character."""
 
     vocab_size = VOCAB
+    chats = True
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
         return [ord(character) % VOCAB for character in text]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
+        if messages[0]["role"] == "tool":
+            raise InvalidRequest("the model's chat template refuses it: a tool speaks first")
+        lines = [f"{message['role'][0]}:{message['content']}" for message in messages]
+        return self.encode("\n".join(lines) + ("" if continue_last else "\na:"))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(self.pieces(token_ids))
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         return [chr(token) for token in token_ids]
@@ -48,6 +58,10 @@ class _Running:
     tokens: list[int] = field(default_factory=list)
     counts: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     """By revision and edit: tokens in scope, changed, sum and largest of relative sizes."""
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.generation.prompt_token_ids) - self.generation.forced
 
 
 class FakeEngine:
@@ -89,7 +103,7 @@ class FakeEngine:
     async def shutdown(self) -> None:
         self.alive = False
 
-    async def update(self, request_id: str, program: Program) -> int:
+    async def update(self, request_id: str, program: Program, at_index: int | None = None) -> int:
         state = self.running.get(request_id)
         if state is None or not state.generation.live:
             raise InvalidRequest(f"generation {request_id} is not live or has ended")
@@ -98,6 +112,9 @@ class FakeEngine:
         if self.replies:
             await self.replies.acquire()
         return revision
+
+    def reports(self, request_id: str) -> tuple[EditReport, ...]:
+        return _reports(self.running[request_id])
 
     async def generate(self, generation: Generation) -> AsyncGenerator[StepOutput, None]:
         state = _Running(generation, [generation.program])
@@ -133,16 +150,20 @@ class FakeEngine:
         x = self._embedding[list(prompt) if index == 0 else [state.tokens[-1]]]
         self.computed.append((state.generation.request_id, x))
         edited = self._edited(state, x, positions)
-        logits = edited[-1] @ self._head
-        state.tokens.append(int(logits.argmax()))
+        logprobs = (edited @ self._head).log_softmax(1)
+        state.tokens.append(int(logprobs[-1].argmax()))
+        forced = logprobs[:-1].gather(1, torch.tensor(prompt)[1:, None]) if index == 0 else None
         done = len(state.tokens) == sampling.max_tokens
         return StepOutput(
             index,
             (state.tokens[-1],),
             chr(state.tokens[-1]),
-            (float(logits.log_softmax(0).max()),) if sampling.logprobs else (),
+            (float(logprobs[-1].max()),) if sampling.logprobs else (),
+            tuple(forced[:, 0].tolist()) if sampling.prompt_logprobs and index == 0 else (),
+            logprobs[-1].numpy() if sampling.distribution else None,
             tuple(self._rows(state, x, edited, positions)),
             applied,
+            self.cached_tokens,
             dict.fromkeys(self._dictionaries, 0.001),
             self._finish(state) if done else None,
         )
@@ -159,7 +180,7 @@ class FakeEngine:
                 holds = dictionary.encode(x)[:, entry.when.feature] > entry.when.above
             count = state.counts.setdefault((state.revision, index), [0, 0, 0.0, 0.0])
             for row, position in enumerate(positions):
-                if entry.where.holds(position, len(prompt), tokens[position]):
+                if entry.where.holds(position, state.prompt_length, tokens[position]):
                     delta[row] *= holds[row]
                     size = float(delta[row].norm() / x[row].norm())
                     edited[row] += delta[row]
@@ -170,8 +191,8 @@ class FakeEngine:
         return edited
 
     def _rows(self, state: _Running, x: Tensor, edited: Tensor, positions: Sequence[int]):
-        prompt_length = len(state.generation.prompt_token_ids)
-        for index, read_out in enumerate(state.programs[0].read_outs):
+        prompt_length = state.prompt_length
+        for index, read_out in enumerate(state.programs[state.revision].read_outs):
             wanted = [
                 row
                 for row, position in enumerate(positions)
@@ -184,17 +205,20 @@ class FakeEngine:
                 yield _sparse(index, read_out, [positions[row] for row in wanted], f)
 
     def _finish(self, state: _Running) -> Finish:
-        reports = tuple(
-            EditReport(revision, edit, int(scope), int(changed), total / max(scope, 1), largest)
-            for (revision, edit), (scope, changed, total, largest) in sorted(state.counts.items())
-        )
         return Finish(
             FinishReason.LENGTH,
-            len(state.generation.prompt_token_ids),
+            state.prompt_length,
             len(state.tokens),
             self.cached_tokens,
-            reports,
+            _reports(state),
         )
+
+
+def _reports(state: _Running) -> tuple[EditReport, ...]:
+    return tuple(
+        EditReport(revision, edit, int(scope), int(changed), total / max(scope, 1), largest)
+        for (revision, edit), (scope, changed, total, largest) in sorted(state.counts.items())
+    )
 
 
 def _sparse(index: int, read_out: ReadOut, positions: list[int], f: Tensor) -> ActivationRows:
@@ -223,8 +247,11 @@ def _merged(outputs: list[StepOutput]) -> StepOutput:
         sum((output.token_ids for output in outputs), ()),
         "".join(output.text for output in outputs),
         sum((output.logprobs for output in outputs), ()),
+        outputs[0].prompt_logprobs,
+        outputs[0].distribution,
         sum((output.activations for output in outputs), ()),
         sum((output.applied for output in outputs), ()),
+        outputs[-1].cached_tokens,
         outputs[-1].encode_seconds,
         outputs[-1].finish,
     )

@@ -143,15 +143,18 @@ async def test_draining_lets_a_sessions_turn_end():
         await session.write(steering_pb2.SessionRequest(start_turn=start(max_tokens=4)))
         await session.read()
         drain = asyncio.ensure_future(service.server.drain(10))
-        await asyncio.sleep(0.05)
-        events = [(await session.read()).WhichOneof("event")]
+        seen = [await session.read()]
+        while seen[-1].WhichOneof("event") != "draining":
+            seen.append(await session.read())
+        assert seen[-1].draining.seconds == 10
         for _ in range(3):
             service.engine.steps.release()
-            events.append((await session.read()).WhichOneof("event"))
-        events.append((await session.read()).WhichOneof("event"))
+        while seen[-1].WhichOneof("event") != "turn_finished":
+            seen.append(await session.read())
         await asyncio.wait_for(drain, 5)
 
-    assert events == ["tokens"] * 4 + ["turn_finished"]
+    events = [response.WhichOneof("event") for response in seen]
+    assert sorted(events[:-1]) == ["draining"] + ["tokens"] * 4
 
 
 def start(max_tokens: int = 2) -> steering_pb2.StartTurn:

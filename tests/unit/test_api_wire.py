@@ -11,7 +11,7 @@ from steer.v1 import activations_pb2, edits_pb2, steering_pb2
 
 from steer_client import ablate, active, add, clamp, limit, patch, scale
 from steer_server.api.edits import read_edits, write_edits
-from steer_server.api.wire import ResolvedRequest, limits, read_encode, read_generation
+from steer_server.api.wire import ResolvedRequest, Served, limits, read_encode, read_generation
 from steer_server.dictionary.edits import Edit
 from steer_server.errors import SteerError
 from steer_server.registry import Registry
@@ -68,7 +68,7 @@ def outcome(read: Callable[[], ResolvedRequest]) -> tuple[ResolvedRequest | None
 @settings(max_examples=200, deadline=None)
 @given(messages(steering_pb2.Generation))
 def test_any_generation_is_understood_or_refused_by_field(message):
-    request, field = outcome(lambda: read_generation(message, ENGINE, REGISTRY, "generation"))
+    request, field = outcome(lambda: read_generation(message, Served(ENGINE, REGISTRY), "generation"))
 
     if request is None:
         assert field.startswith("generation.")

@@ -207,7 +207,7 @@ def test_json_that_makes_no_sense_is_refused_by_its_path(content: Any, field: st
         (Program((FeatureEdit("x", Ablate(1)),)), DictionaryNotFound, "edits[0].dictionary"),
         (Program((FeatureEdit(NAME, Ablate(99)),)), UnknownFeature, "edits[0].feature"),
         (Program((FeatureEdit(NAME, Ablate(1)),) * 2), ConflictingEdits, "edits[1].feature"),
-        (Program((FeatureEdit(NAME, Ablate(1)),) * 65), InvalidRequest, "edits"),
+        (Program((FeatureEdit(NAME, Ablate(1)),) * 1025), InvalidRequest, "edits"),
         (
             Program((FeatureEdit(NAME, Ablate(1), when=Condition("elsewhere", 0)),)),
             DictionaryMismatch,

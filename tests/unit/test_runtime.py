@@ -107,7 +107,8 @@ class Batch:
         tokens = [self.token(name, position) for position in range(prompt_length)]
         self.accounts[name] = Account(tokens, [program])
         self.results[name] = []
-        self.runtime.admit(name, prompt_length, {"program": to_json(program)})
+        content = {"program": to_json(program), "prompt_length": prompt_length}
+        self.runtime.admit(name, content)
 
     def update(self, name: str, program: Program) -> None:
         self.accounts[name].add_revision(program)

@@ -1,0 +1,293 @@
+"""Activation patching: a prompt run with some features' activations of another.
+
+As in arXiv 2309.08600, section 4: the target keeps its error term, and only the named features take on the
+activations that the source has at the positions paired with theirs.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from steer.v1 import steering_pb2
+
+from steer_server.admission import MAX_EDITS, MAX_FEATURES, MAX_READ_OUTS, MAX_ROW_BYTES
+from steer_server.api import events
+from steer_server.api.edits import check_feature, check_vocabulary
+from steer_server.api.generations import Generations
+from steer_server.api.prompts import read_prompt
+from steer_server.api.streams import together
+from steer_server.api.wire import ResolvedRequest
+from steer_server.dictionary.edits import Patch
+from steer_server.dictionary.files import StoredDictionary
+from steer_server.errors import EngineUnavailable, InvalidRequest, PositionOutOfRange
+from steer_server.generation import ActivationRows, Sampling, Tokenizer
+from steer_server.program import FeatureEdit, Program, ReadOut, Scope
+
+MAX_SETS = 256
+MAX_TOKENS = 256
+MAX_LISTED = 128
+DEFAULT_LISTED = 10
+
+_EVERYWHERE = Scope(exclude_positions=frozenset())
+_SAMPLING = Sampling(max_tokens=1, temperature=0.0, distribution=True)
+_RESERVED_READ_OUTS = 16
+"""For those of watched features."""
+
+
+class _Ran(NamedTuple):
+    """What came of a prompt."""
+
+    distribution: NDArray[np.float32]
+    """Log-probabilities of the next token, [vocab_size]."""
+    activations: dict[int, Mapping[int, float]]
+    """By position and feature, those that are not 0."""
+
+
+class _Difference(NamedTuple):
+    """Where source and target differ, at the paired positions."""
+
+    features: list[int]
+    """Largest difference first."""
+    positions: list[int]
+    """Of the target."""
+    source: NDArray[np.float32]
+    """Activations, [positions, features]."""
+    target: NDArray[np.float32]
+
+    def edits(self, dictionary: str, features: Sequence[int]) -> tuple[FeatureEdit, ...]:
+        """Carries the source's activations over, where they are others."""
+        found = []
+        for feature in features:
+            column = self.features.index(feature)
+            here = np.flatnonzero(self.source[:, column] != self.target[:, column])
+            values = tuple(
+                (self.positions[row], float(self.source[row, column])) for row in here.tolist()
+            )
+            found.append(FeatureEdit(dictionary, Patch(feature, values), _EVERYWHERE))
+        return tuple(found)
+
+    def norm(self, stored: StoredDictionary, features: Sequence[int]) -> float:
+        """Length of what the edits add to x, over all positions."""
+        columns = [self.features.index(feature) for feature in features]
+        change = (self.source - self.target)[:, columns]
+        decoder = stored.dictionary.W_dec[list(features)].double().numpy()
+        return float(np.linalg.norm(change @ decoder / stored.card.input_scale))
+
+
+async def answer(
+    generations: Generations, request_id: str, request: steering_pb2.PatchRequest
+) -> steering_pb2.PatchResponse:
+    """What SteeringService.Patch returns."""
+    engine = generations.engine
+    stored = generations.registry.get(request.dictionary, field="dictionary")
+    source_ids = read_prompt(request.source, engine, "source")
+    target_ids = read_prompt(request.target, engine, "target")
+    pairs = _read_pairs(request.positions, len(source_ids), len(target_ids))
+    sets = _read_sets(request, stored)
+    check_vocabulary(request.token_ids, engine.tokenizer.vocab_size, "token_ids")
+    listed = _read_listed(request)
+
+    async def run(name: str, ids: Sequence[int], program: Program) -> _Ran:
+        resolved = ResolvedRequest(tuple(ids), _SAMPLING, program)
+        return await _run(generations, f"{request_id}-{name}", resolved)
+
+    wanted = None if request.all_features else sorted({f for chosen in sets for f in chosen})
+    read = Program(read_outs=_read_outs(request.dictionary, stored, wanted))
+    source, target = await together(
+        [run("source", source_ids, read), run("target", target_ids, read)]
+    )
+    difference = _compare(source.activations, target.activations, pairs)
+    if request.all_features:
+        sets = [difference.features, *sets]
+    differing = set(difference.features)
+    patched = [[feature for feature in chosen if feature in differing] for chosen in sets]
+    _check_room(patched, generations)
+
+    async def patch(number: int, features: Sequence[int]) -> _Ran:
+        if not features:
+            return target
+        edits = difference.edits(request.dictionary, features)
+        return await run(str(number), target_ids, Program(edits))
+
+    ran = await together(patch(number, features) for number, features in enumerate(patched))
+    norms = await asyncio.to_thread(
+        lambda: [difference.norm(stored, features) if features else 0.0 for features in patched]
+    )
+
+    def next_token(distribution: NDArray[np.float32]) -> steering_pb2.NextToken:
+        return _next_token(distribution, listed, request.token_ids, engine.tokenizer)
+
+    return steering_pb2.PatchResponse(
+        source=events.prompt_tokens(source_ids, engine.tokenizer),
+        target=events.prompt_tokens(target_ids, engine.tokenizer),
+        source_next=next_token(source.distribution),
+        target_next=next_token(target.distribution),
+        source_target_kl=kl(source.distribution, target.distribution),
+        results=[
+            steering_pb2.PatchResult(
+                next=next_token(found.distribution),
+                source_kl=kl(source.distribution, found.distribution),
+                target_kl=kl(target.distribution, found.distribution),
+                edit_norm=norm,
+                patched_features=len(features),
+            )
+            for found, features, norm in zip(ran, patched, norms, strict=True)
+        ],
+        differing_features=difference.features,
+    )
+
+
+def kl(p: NDArray[np.float32], q: NDArray[np.float32]) -> float:
+    """KL(p || q) in nats, of log-probabilities."""
+    possible = np.isfinite(p)
+    mine, other = p[possible].astype(np.float64), q[possible].astype(np.float64)
+    return float((np.exp(mine) * (mine - other)).sum())
+
+
+async def _run(generations: Generations, request_id: str, request: ResolvedRequest) -> _Ran:
+    run = generations.begin("Patch", request_id, request)
+    activations: dict[int, dict[int, float]] = {}
+    distribution = None
+    async with aclosing(run.outputs()) as outputs:
+        async for output in outputs:
+            for rows in output.activations:
+                _collect(rows, request.program.read_outs[rows.read_out], activations)
+            if output.distribution is not None:
+                distribution = output.distribution
+    if distribution is None:
+        raise EngineUnavailable("the engine returned no distribution")
+    return _Ran(distribution, dict(activations))
+
+
+def _collect(rows: ActivationRows, read_out: ReadOut, found: dict[int, dict[int, float]]) -> None:
+    splits = rows.row_splits.tolist()
+    for row, position in enumerate(rows.positions.tolist()):
+        entries = slice(splits[row], splits[row + 1])
+        if read_out.above is not None and splits[row + 1] - splits[row] >= read_out.limit:
+            raise InvalidRequest(
+                f"more than {read_out.limit} features are active at position {position}; name the "
+                "features to patch",
+                field="all_features",
+            )
+        pairs = zip(rows.features[entries].tolist(), rows.values[entries].tolist(), strict=True)
+        found.setdefault(position, {}).update(pairs)
+
+
+def _compare(
+    source: Mapping[int, Mapping[int, float]],
+    target: Mapping[int, Mapping[int, float]],
+    pairs: Mapping[int, int],
+) -> _Difference:
+    """`pairs` maps target positions to source positions."""
+    positions = sorted(pairs)
+    here = [(source.get(pairs[p], {}), target.get(p, {})) for p in positions]
+    features = sorted(set().union(*(a.keys() | b.keys() for a, b in here)))
+    tables = [
+        np.array([[f.get(feature, 0.0) for feature in features] for f in side], np.float32)
+        for side in zip(*here, strict=True)
+    ]
+    size = np.abs(tables[0] - tables[1]).max(axis=0, initial=0.0)
+    order = [column for column in np.argsort(-size, kind="stable").tolist() if size[column] > 0]
+    chosen = [features[column] for column in order]
+    return _Difference(chosen, positions, tables[0][:, order], tables[1][:, order])
+
+
+def _read_outs(
+    name: str, stored: StoredDictionary, wanted: Sequence[int] | None
+) -> tuple[ReadOut, ...]:
+    """Read-outs of the prompt that find the wanted features' activations, or all of them."""
+    if stored.dictionary.non_negative:
+        return (ReadOut(name, above=0.0, row_bytes=MAX_ROW_BYTES, generated=False),)
+    # One that may be below 0 has to be asked for.
+    features = range(stored.card.n_features) if wanted is None else wanted
+    most = MAX_FEATURES * (MAX_READ_OUTS - _RESERVED_READ_OUTS)
+    if len(features) > most:
+        raise InvalidRequest(
+            f"{len(features)} features of a dictionary whose activations may be negative; at most {most}",
+            field="sets" if wanted is not None else "all_features",
+        )
+    parts = [features[i : i + MAX_FEATURES] for i in range(0, len(features), MAX_FEATURES)]
+    return tuple(ReadOut(name, features=tuple(part), generated=False) for part in parts)
+
+
+def _check_room(patched: Sequence[Sequence[int]], generations: Generations) -> None:
+    most = min(MAX_EDITS, generations.engine.slot_load.capacity)
+    for index, features in enumerate(patched):
+        if len(features) > most:
+            raise InvalidRequest(
+                f"result {index} would patch {len(features)} features; at most {most} together",
+                field="sets",
+            )
+
+
+def _next_token(
+    distribution: NDArray[np.float32], listed: int, asked: Sequence[int], tokenizer: Tokenizer
+) -> steering_pb2.NextToken:
+    largest = np.argpartition(-distribution, listed - 1)[:listed]
+    ids = largest[np.argsort(-distribution[largest], kind="stable")].tolist()
+    return steering_pb2.NextToken(
+        ids=ids,
+        pieces=tokenizer.pieces(ids),
+        logprobs=distribution[ids].tolist(),
+        token_logprobs=distribution[list(asked)].tolist(),
+    )
+
+
+def _read_pairs(
+    messages: Sequence[steering_pb2.PositionPair], source_length: int, target_length: int
+) -> dict[int, int]:
+    """Source positions by target position."""
+    if not messages:
+        if source_length != target_length:
+            raise InvalidRequest(
+                f"required: the source has {source_length} tokens, the target {target_length}",
+                field="positions",
+            )
+        return {position: position for position in range(1, target_length)}
+    found: dict[int, int] = {}
+    for index, pair in enumerate(messages):
+        where = f"positions[{index}]"
+        target = _position(pair.target, target_length, f"{where}.target")
+        if target in found:
+            raise InvalidRequest(f"position {target} comes twice", field=f"{where}.target")
+        found[target] = _position(pair.source, source_length, f"{where}.source")
+    return found
+
+
+def _position(position: int, length: int, path: str) -> int:
+    if not -length <= position < length:
+        raise PositionOutOfRange(
+            f"position {position} is not in {-length}..{length - 1}", field=path
+        )
+    return position % length
+
+
+def _read_sets(request: steering_pb2.PatchRequest, stored: StoredDictionary) -> list[list[int]]:
+    least = 0 if request.all_features else 1
+    if not least <= len(request.sets) <= MAX_SETS:
+        raise InvalidRequest(f"{len(request.sets)} sets; {least} to {MAX_SETS}", field="sets")
+    for number, chosen in enumerate(request.sets):
+        where = f"sets[{number}].features"
+        if len(chosen.features) > MAX_EDITS:
+            raise InvalidRequest(
+                f"{len(chosen.features)} features; at most {MAX_EDITS}", field=where
+            )
+        for index, feature in enumerate(chosen.features):
+            check_feature(feature, stored, f"{where}[{index}]")
+        if len(set(chosen.features)) < len(chosen.features):
+            raise InvalidRequest("names a feature twice", field=where)
+    return [list(chosen.features) for chosen in request.sets]
+
+
+def _read_listed(request: steering_pb2.PatchRequest) -> int:
+    if len(request.token_ids) > MAX_TOKENS:
+        raise InvalidRequest(
+            f"{len(request.token_ids)} tokens; at most {MAX_TOKENS}", field="token_ids"
+        )
+    listed = request.top_k if request.HasField("top_k") else DEFAULT_LISTED
+    if not 1 <= listed <= MAX_LISTED:
+        raise InvalidRequest(f"{listed} is not in 1..{MAX_LISTED}", field="top_k")
+    return listed
