@@ -1,6 +1,6 @@
 """Python client and command line for a steer server."""
 
-from steer_client.client import LiveSession, SteerClient, rejection
+from steer_client.client import LiveSession, Options, SteerClient, rejection
 from steer_client.edits import (
     Feature,
     ablate,
@@ -13,6 +13,7 @@ from steer_client.edits import (
     read_above,
     read_top,
     scale,
+    size_limit,
 )
 from steer_client.errors import CallFailed
 from steer_client.rows import Row, rows
@@ -21,6 +22,7 @@ __all__ = [
     "CallFailed",
     "Feature",
     "LiveSession",
+    "Options",
     "Row",
     "SteerClient",
     "ablate",
@@ -35,4 +37,5 @@ __all__ = [
     "rejection",
     "rows",
     "scale",
+    "size_limit",
 ]

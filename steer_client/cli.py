@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from typing import Any
 
 from steer.v1 import activations_pb2, edits_pb2
 
@@ -90,7 +91,7 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     sampling.add_argument("--ignore-eos", action="store_true", default=None)
 
 
-def sampling_of(options: argparse.Namespace) -> dict[str, int | float | bool]:
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of Sampling that were given."""
     names = ("max_tokens", "temperature", "top_p", "seed", "ignore_eos")
     given = {name: getattr(options, name) for name in names}

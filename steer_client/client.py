@@ -1,7 +1,7 @@
 """A client whose calls take Python values and give protos."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any, Self
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any, Self, TypedDict, Unpack, cast
 
 import grpc
 from google.rpc import status_pb2
@@ -21,7 +21,46 @@ from steer_client.errors import CallFailed, calls
 DEFAULT_TARGET = "localhost:50051"
 
 GenerationEvent = steering_pb2.Started | steering_pb2.Tokens | steering_pb2.Finished
-SessionEvent = GenerationEvent | steering_pb2.UpdateApplied | steering_pb2.UpdateRejected
+SessionEvent = (
+    GenerationEvent
+    | steering_pb2.UpdateApplied
+    | steering_pb2.UpdateRejected
+    | steering_pb2.Paused
+    | steering_pb2.Resumed
+    | steering_pb2.Draining
+)
+PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]] | prompt_pb2.Prompt
+"""Text, token ids, or messages such as {"role": "user", "content": "Hello"}."""
+
+_ROLES = {
+    "system": prompt_pb2.ROLE_SYSTEM,
+    "user": prompt_pb2.ROLE_USER,
+    "assistant": prompt_pb2.ROLE_ASSISTANT,
+    "tool": prompt_pb2.ROLE_TOOL,
+}
+_GENERATION = ("edits", "read_outs", "presets", "size_limit", "stop_when")
+
+
+class Options(TypedDict, total=False):
+    """Of a generation: what it edits and reads, and how it draws; as steer.v1.Generation and Sampling say."""
+
+    edits: Sequence[edits_pb2.Edit]
+    read_outs: Sequence[activations_pb2.ReadOut]
+    presets: Sequence[str]
+    size_limit: edits_pb2.SizeLimit
+    """See `size_limit` of this package."""
+    stop_when: Sequence[edits_pb2.Condition]
+    """See `active`."""
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: Sequence[str]
+    ignore_eos: bool
+    logprobs: bool
+    n: int
+
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 16 << 20),
@@ -61,27 +100,30 @@ class SteerClient:
             return (await self._dictionaries.GetFeature(request, timeout=self._timeout)).feature
 
     async def encode(
-        self, prompt: str | Sequence[int], read_outs: Sequence[activations_pb2.ReadOut]
+        self, prompt: PromptLike, read_outs: Sequence[activations_pb2.ReadOut]
     ) -> AsyncGenerator[activations_pb2.EncodeResponse, None]:
         """The prompt's tokens, then their activations."""
-        request = activations_pb2.EncodeRequest(prompt=_prompt(prompt), read_outs=read_outs)
+        request = activations_pb2.EncodeRequest(prompt=as_prompt(prompt), read_outs=read_outs)
         with calls():
             async for response in self._activations.Encode(request, timeout=self._timeout):
                 yield response
 
+    async def complete(
+        self, prompt: PromptLike, **options: Unpack[Options]
+    ) -> steering_pb2.GenerateResponse:
+        """A whole generation at once; see `Options`."""
+        request = steering_pb2.GenerateRequest(generation=_generation(prompt, options))
+        with calls():
+            return await self._steering.Generate(request, timeout=self._timeout)
+
     async def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        edits: Sequence[edits_pb2.Edit] = (),
-        read_outs: Sequence[activations_pb2.ReadOut] = (),
-        **sampling: Any,
+        self, prompt: PromptLike, **options: Unpack[Options]
     ) -> AsyncGenerator[GenerationEvent, None]:
-        """Started, Tokens as they come, Finished; `sampling` takes the fields of steer.v1.Sampling.
+        """Started, Tokens as they come, Finished (one for each sequence); see `Options`.
 
         Closing the generator aborts the generation.
         """
-        generation = _generation(prompt, edits, read_outs, sampling)
+        generation = _generation(prompt, options)
         request = steering_pb2.GenerateStreamRequest(generation=generation)
         call = self._steering.GenerateStream(request, timeout=self._timeout)
         try:
@@ -90,6 +132,77 @@ class SteerClient:
                     yield getattr(response, response.WhichOneof("event"))
         finally:
             call.cancel()
+
+    async def compare(
+        self,
+        prompt: PromptLike,
+        arms: Sequence[Sequence[edits_pb2.Edit] | steering_pb2.Arm],
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[steering_pb2.CompareResponse, None]:
+        """Generations side by side: under the options' edits (by default none), and under those of each arm."""
+        request = steering_pb2.CompareRequest(
+            generation=_generation(prompt, options),
+            arms=[
+                arm if isinstance(arm, steering_pb2.Arm) else steering_pb2.Arm(edits=arm)
+                for arm in arms
+            ],
+        )
+        call = self._steering.Compare(request, timeout=self._timeout)
+        try:
+            with calls():
+                async for response in call:
+                    yield response
+        finally:
+            call.cancel()
+
+    async def score(
+        self,
+        prompt: PromptLike,
+        continuations: Sequence[str | Sequence[int]],
+        edits: Sequence[edits_pb2.Edit] = (),
+        presets: Sequence[str] = (),
+    ) -> steering_pb2.ScoreResponse:
+        """How likely the model finds each continuation after the prompt, under the edits."""
+        request = steering_pb2.ScoreRequest(
+            prompt=as_prompt(prompt),
+            continuations=[_continuation(entry) for entry in continuations],
+            edits=edits,
+            presets=presets,
+        )
+        with calls():
+            return await self._steering.Score(request, timeout=self._timeout)
+
+    async def patch(
+        self,
+        source: PromptLike,
+        target: PromptLike,
+        dictionary: str,
+        sets: Sequence[Sequence[int]] = (),
+        *,
+        positions: Mapping[int, int] | None = None,
+        all_features: bool = False,
+        token_ids: Sequence[int] = (),
+        top_k: int | None = None,
+    ) -> steering_pb2.PatchResponse:
+        """The target run with the source's activations of each set of features.
+
+        `positions` maps target positions to source positions; by default each but 0 to itself.
+        """
+        request = steering_pb2.PatchRequest(
+            source=as_prompt(source),
+            target=as_prompt(target),
+            dictionary=dictionary,
+            sets=[steering_pb2.FeatureSet(features=features) for features in sets],
+            positions=[
+                steering_pb2.PositionPair(source=there, target=here)
+                for here, there in (positions or {}).items()
+            ],
+            all_features=all_features,
+            token_ids=token_ids,
+            top_k=top_k,
+        )
+        with calls():
+            return await self._steering.Patch(request, timeout=self._timeout)
 
     def session(self) -> "LiveSession":
         """A session, to be used in `async with`."""
@@ -109,25 +222,43 @@ class LiveSession:
     async def __aexit__(self, *_: object) -> None:
         self._call.cancel()
 
-    async def start(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        edits: Sequence[edits_pb2.Edit] = (),
-        read_outs: Sequence[activations_pb2.ReadOut] = (),
-        **sampling: Any,
-    ) -> None:
+    async def start(self, prompt: PromptLike, **options: Unpack[Options]) -> None:
         """Begins a turn; only one runs at a time."""
-        generation = _generation(prompt, edits, read_outs, sampling)
-        start = steering_pb2.StartTurn(generation=generation)
+        start = steering_pb2.StartTurn(generation=_generation(prompt, options))
         await self._send(steering_pb2.SessionRequest(start_turn=start))
 
-    async def update(self, edits: Sequence[edits_pb2.Edit]) -> int:
-        """Replaces all edits of the turn; returns the update_id that the answer will have."""
+    async def update(
+        self,
+        edits: Sequence[edits_pb2.Edit],
+        *,
+        read_outs: Sequence[activations_pb2.ReadOut] | None = None,
+        at_index: int | None = None,
+        presets: Sequence[str] = (),
+        size_limit: edits_pb2.SizeLimit | None = None,
+    ) -> int:
+        """Replaces all edits of the turn; returns the update_id that the answer will have.
+
+        Read-outs stay unless some are given. It holds from the next token on, or from generated token `at_index`.
+        """
         self._updates += 1
-        update = steering_pb2.UpdateEdits(edits=edits, update_id=self._updates)
+        update = steering_pb2.UpdateEdits(
+            edits=edits,
+            update_id=self._updates,
+            read_outs=None if read_outs is None else steering_pb2.ReadOuts(read_outs=read_outs),
+            at_index=at_index,
+            presets=presets,
+            size_limit=size_limit,
+        )
         await self._send(steering_pb2.SessionRequest(update=update))
         return self._updates
+
+    async def pause(self) -> None:
+        """Holds the turn until `resume`; Paused follows."""
+        await self._send(steering_pb2.SessionRequest(pause=steering_pb2.Pause()))
+
+    async def resume(self) -> None:
+        """Lets the turn go on; Resumed follows."""
+        await self._send(steering_pb2.SessionRequest(resume=steering_pb2.Resume()))
 
     async def cancel_turn(self) -> None:
         """Aborts the turn; its Finished follows."""
@@ -154,21 +285,33 @@ def rejection(event: steering_pb2.UpdateRejected) -> CallFailed:
     return CallFailed.from_status(status_pb2.Status.FromString(event.status.SerializeToString()))
 
 
-def _generation(
-    prompt: str | Sequence[int],
-    edits: Sequence[edits_pb2.Edit],
-    read_outs: Sequence[activations_pb2.ReadOut],
-    sampling: dict[str, Any],
-) -> steering_pb2.Generation:
+def as_prompt(prompt: PromptLike) -> prompt_pb2.Prompt:
+    """A prompt of text, token ids, or messages with `role` and `content`."""
+    match prompt:
+        case prompt_pb2.Prompt():
+            return prompt
+        case str():
+            return prompt_pb2.Prompt(text=prompt)
+        case [{"role": _}, *_]:
+            messages = [
+                prompt_pb2.ChatMessage(role=_ROLES[entry["role"]], content=entry["content"])
+                for entry in prompt
+                if isinstance(entry, Mapping)
+            ]
+            return prompt_pb2.Prompt(chat=prompt_pb2.Chat(messages=messages))
+        case _:
+            return prompt_pb2.Prompt(token_ids=prompt_pb2.TokenIds(ids=cast(Sequence[int], prompt)))
+
+
+def _generation(prompt: PromptLike, options: Options) -> steering_pb2.Generation:
+    given: dict[str, Any] = dict(options)
+    of_generation = {key: given.pop(key) for key in _GENERATION if key in given}
     return steering_pb2.Generation(
-        prompt=_prompt(prompt),
-        sampling=steering_pb2.Sampling(**sampling),
-        edits=edits,
-        read_outs=read_outs,
+        prompt=as_prompt(prompt), sampling=steering_pb2.Sampling(**given), **of_generation
     )
 
 
-def _prompt(prompt: str | Sequence[int]) -> prompt_pb2.Prompt:
-    if isinstance(prompt, str):
-        return prompt_pb2.Prompt(text=prompt)
-    return prompt_pb2.Prompt(token_ids=prompt_pb2.TokenIds(ids=prompt))
+def _continuation(text: str | Sequence[int]) -> steering_pb2.Continuation:
+    if isinstance(text, str):
+        return steering_pb2.Continuation(text=text)
+    return steering_pb2.Continuation(token_ids=prompt_pb2.TokenIds(ids=text))

@@ -183,3 +183,15 @@ def _read(how: Read) -> dict[str, Any]:
 
 def _phases(only: Sequence[Phase]) -> list[edits_pb2.Phase]:
     return [_PHASES[name] for name in only]
+
+
+def size_limit(
+    max_relative_size: float, oversize: Literal["reject", "clamp", "warn"] = "reject"
+) -> edits_pb2.SizeLimit:
+    """The edits may move x, at each token, by so many times its length; what happens where they would go further."""
+    kinds = {
+        "reject": edits_pb2.OVERSIZE_REJECT,
+        "clamp": edits_pb2.OVERSIZE_CLAMP,
+        "warn": edits_pb2.OVERSIZE_WARN,
+    }
+    return edits_pb2.SizeLimit(max_relative_size=max_relative_size, oversize=kinds[oversize])

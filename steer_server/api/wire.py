@@ -101,21 +101,22 @@ def read_program(
 
     Scopes that hold at none of the prompt's positions and the `computed` generated ones are refused.
     """
+    prefix = f"{path}." if path else ""
     registry, edits, sources = served.registry, list[FeatureEdit](), list[str]()
     if len(message.presets) > MAX_PRESETS:
         raise InvalidRequest(
-            f"{len(message.presets)} presets; at most {MAX_PRESETS}", field=f"{path}.presets"
+            f"{len(message.presets)} presets; at most {MAX_PRESETS}", field=f"{prefix}presets"
         )
     for index, name in enumerate(message.presets):
         where = f"presets[{index}]"
-        preset = served.presets.get(name, field=f"{path}.{where}")
-        edits += _of_preset(preset.edits, served, f"{path}.{where}")
+        preset = served.presets.get(name, field=f"{prefix}{where}")
+        edits += _of_preset(preset.edits, served, f"{prefix}{where}")
         sources += [where] * len(preset.edits)
-    own = read_edits(message.edits, registry, limits(served.engine), f"{path}.edits")
+    own = read_edits(message.edits, registry, limits(served.engine), f"{prefix}edits")
     sources += [f"edits[{index}]" for index in range(len(own))]
     limit = {}
     if message.HasField("size_limit"):
-        limit = _read_size_limit(message.size_limit, f"{path}.size_limit")
+        limit = _read_size_limit(message.size_limit, f"{prefix}size_limit")
     program = Program((*edits, *own), read_outs, **limit)
     with _within(path, sources):
         program = program.resolve(prompt_length)
@@ -211,6 +212,11 @@ def _read_stop_when(
             raise InvalidRequest("required", field=f"{where}.feature")
         feature = check_feature(message.feature, stored, f"{where}.feature")
         above = finite(message.above, field=f"{where}.above")
+        if above < 0:
+            raise InvalidRequest(
+                f"{above:g} is below 0, and a feature that is not active would be above it",
+                field=f"{where}.above",
+            )
         found.append(Condition(message.dictionary, feature, above))
     return tuple(found)
 

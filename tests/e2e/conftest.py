@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 from vllm.config import CompilationMode
 
+from steer_client import SteerClient
+from steer_server.api.generations import Generations
+from steer_server.api.server import Server
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.engine import EngineSettings, VllmEngine
+from steer_server.metrics import Metrics
+from steer_server.registry import Registry
 from steer_server.vllm_plugin import KEY
 from tests.conftest import SITE
 from tests.e2e.engines import started
@@ -54,3 +59,23 @@ async def engine(
 @pytest.fixture(scope="session")
 def reference(model_path: Path, random_dictionary: StoredDictionary) -> Reference:
     return Reference(model_path, SITE.layer, random_dictionary.dictionary)
+
+
+@pytest.fixture(scope="session")
+async def target(engine: VllmEngine, random_dictionary: StoredDictionary) -> AsyncIterator[str]:
+    """Where the gRPC server of the engine listens."""
+    registry = Registry()
+    registry.add("random", random_dictionary)
+    metrics = Metrics(engine.model_id, registry, {"random": [1]})
+    server = Server(metrics)
+    port = server.bind("127.0.0.1", 0)
+    await server.start(Generations(engine, registry, metrics, {"random": [1]}))
+    await server.open()
+    yield f"127.0.0.1:{port}"
+    await server.stop()
+
+
+@pytest.fixture(scope="session")
+async def client(target: str) -> AsyncIterator[SteerClient]:
+    async with SteerClient(target) as client:
+        yield client

@@ -1,6 +1,6 @@
 """The independent reference: transformers in float32 with a forward hook that edits and records x."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,18 @@ class Reference:
                 logprobs.append(float(scores[token]))
                 step = torch.tensor([[token]])
         return Completion(tuple(ids), tuple(logprobs), torch.cat(seen))
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        text = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    @torch.no_grad()
+    def next_token(self, prompt: Sequence[int], edits_at: EditsAt) -> Tensor:
+        """The log-probability of every token after the prompt."""
+        with _hooked(self._layer, self._dictionary, edits_at):
+            return self.model(torch.tensor([list(prompt)])).logits[0, -1].log_softmax(dim=-1)
 
     @torch.no_grad()
     def score(self, prompt: Sequence[int], edits_at: EditsAt) -> list[float]:

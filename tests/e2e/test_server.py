@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
@@ -11,34 +10,13 @@ import pytest
 from steer.v1 import steering_pb2
 
 from steer_client import SteerClient, ablate, add, read, read_top, rows
-from steer_server.api.generations import Generations
-from steer_server.api.server import Server
 from steer_server.dictionary.edits import Ablate, AddRelative
 from steer_server.dictionary.files import StoredDictionary
-from steer_server.engine import VllmEngine
-from steer_server.metrics import Metrics
-from steer_server.registry import Registry
 from tests.e2e.helpers import IOI
 from tests.e2e.reference import Reference
 from tests.e2e.test_engine import from_one
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-async def client(
-    engine: VllmEngine, random_dictionary: StoredDictionary
-) -> AsyncIterator[SteerClient]:
-    registry = Registry()
-    registry.add("random", random_dictionary)
-    metrics = Metrics(engine.model_id, registry, {"random": [1]})
-    server = Server(metrics)
-    port = server.bind("127.0.0.1", 0)
-    await server.start(Generations(engine, registry, metrics, {"random": [1]}))
-    await server.open()
-    async with SteerClient(f"127.0.0.1:{port}") as client:
-        yield client
-    await server.stop()
 
 
 async def test_edits_and_read_out_over_grpc_equal_the_reference(

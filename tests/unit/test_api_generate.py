@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import numpy as np
 import pytest
-from steer.v1 import activations_pb2, edits_pb2, steering_pb2, steering_pb2_grpc
+from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2, steering_pb2_grpc
 
 from steer_client import (
     ablate,
@@ -321,3 +321,109 @@ async def test_a_relative_addition_is_one_in_the_engine(running: Serving):
         del running.engine.generate
 
     assert seen == [AddRelative(2, 0.5)]
+
+
+async def test_generate_answers_once_with_all_that_a_stream_would_say(running: Serving):
+    fields = {"sampling": {"max_tokens": 4, "logprobs": True}, "read_outs": [read_top(NAME, 3)]}
+    streamed = await generate(running, **fields)
+
+    whole = await running.steering.Generate(
+        steering_pb2.GenerateRequest(generation=request(**fields).generation)
+    )
+
+    (sequence,) = whole.sequences
+    tokens = [response.tokens for response in streamed if response.WhichOneof("event") == "tokens"]
+    assert list(sequence.tokens.ids) == ids(streamed)
+    assert sequence.tokens.text == "".join(part.text for part in tokens)
+    assert list(sequence.tokens.logprobs) == [p for part in tokens for p in part.logprobs]
+    assert list(sequence.tokens.activations) == [a for part in tokens for a in part.activations]
+    assert sequence.finished.usage == streamed[-1].finished.usage
+    assert whole.started.sampling == streamed[0].started.sampling
+
+
+async def test_sequences_are_numbered_and_their_seeds_count_up(running: Serving):
+    sampling = {"max_tokens": 2, "n": 3, "seed": 5}
+    seeds = []
+    begin = running.engine.generate
+
+    def generate_noting(generation):
+        seeds.append(generation.sampling.seed)
+        return begin(generation)
+
+    running.engine.generate = generate_noting
+    try:
+        responses = await generate(running, sampling=sampling)
+    finally:
+        del running.engine.generate
+
+    assert seeds == [5, 6, 7]
+    assert responses[0].started.sampling.n == 3
+    finished = [r.finished.sequence for r in responses if r.WhichOneof("event") == "finished"]
+    assert sorted(finished) == [0, 1, 2]
+    for number in range(3):
+        mine = [r for r in responses if r.tokens.ids and r.tokens.sequence == number]
+        assert len(ids(mine)) == 2
+
+
+async def test_a_chat_becomes_a_prompt_by_the_models_template(running: Serving):
+    chat = prompt_pb2.Chat(
+        messages=[
+            prompt_pb2.ChatMessage(role=prompt_pb2.ROLE_SYSTEM, content="be"),
+            prompt_pb2.ChatMessage(role=prompt_pb2.ROLE_USER, content="hi"),
+        ]
+    )
+
+    responses = await generate(running, prompt={"chat": chat}, sampling={"max_tokens": 1})
+
+    assert "".join(responses[0].started.prompt.pieces) == "s:be\nu:hi\na:"
+
+
+async def stops_at(service: Serving, above: float, **fields) -> list:
+    stop = edits_pb2.Condition(dictionary=NAME, feature=2, above=above)
+    return await generate(service, stop_when=[stop], sampling={"max_tokens": 20}, **fields)
+
+
+async def test_a_generation_ends_with_the_token_on_which_a_feature_fires(running: Serving):
+    plain = await generate(
+        running, sampling={"max_tokens": 20}, read_outs=[read(NAME, [2], only=["generated"])]
+    )
+    values = {
+        row.position - len(PROMPT): row.features[0][1]
+        for response in plain
+        for sparse in response.tokens.activations
+        for row in rows(sparse)
+        if row.features
+    }
+    last, largest = max(values.items(), key=lambda entry: entry[1])
+
+    stopped = await stops_at(running, largest * 0.999, edits=[ablate((NAME, 3), only=["prompt"])])
+
+    finished = stopped[-1].finished
+    assert finished.reason == steering_pb2.FINISH_REASON_FEATURE
+    assert finished.HasField("stopped_by")
+    assert ids(stopped) == ids(plain)[: last + 1]
+    assert finished.usage.generated_tokens == last + 1
+    assert [report.tokens_in_scope for report in finished.edit_reports] == [len(PROMPT) - 1]
+    assert (await stops_at(running, largest))[-1].finished.reason == (
+        steering_pb2.FINISH_REASON_LENGTH
+    )
+
+
+async def test_what_a_slow_reader_gets_at_once_is_cut_at_the_feature_too(running: Serving):
+    stop = edits_pb2.Condition(dictionary=NAME, feature=2)
+    running.engine.merge = 6
+    try:
+        plain = await generate(running, sampling={"max_tokens": 6})
+        steered = await generate(
+            running,
+            stop_when=[stop],
+            edits=[clamp((NAME, 2), 5, exclude=[])],
+            sampling={"max_tokens": 6},
+        )
+    finally:
+        running.engine.merge = 1
+    assert plain[1].tokens.text == "".join(map(chr, ids(plain)))
+    kept = ids(steered)
+    assert 0 < len(kept) < 6
+    assert "".join(r.tokens.text for r in steered) == "".join(map(chr, kept))
+    assert steered[-1].finished.usage.generated_tokens == len(kept)

@@ -68,7 +68,9 @@ def outcome(read: Callable[[], ResolvedRequest]) -> tuple[ResolvedRequest | None
 @settings(max_examples=200, deadline=None)
 @given(messages(steering_pb2.Generation))
 def test_any_generation_is_understood_or_refused_by_field(message):
-    request, field = outcome(lambda: read_generation(message, Served(ENGINE, REGISTRY), "generation"))
+    request, field = outcome(
+        lambda: read_generation(message, Served(ENGINE, REGISTRY), "generation")
+    )
 
     if request is None:
         assert field.startswith("generation.")

@@ -1,0 +1,228 @@
+"""Compare, Score and Patch over the wire, against what the engine's own map gives."""
+
+import numpy as np
+import pytest
+import torch
+from steer.v1 import steering_pb2
+
+from steer_client import CallFailed, SteerClient, add, clamp
+from steer_server.generation import SlotLoad
+from tests.unit.serving import INPUT_SCALE, NAME, Serving, collect, serving, small_dictionary
+
+SOURCE, TARGET = "hello", "hulks"
+SLOTS = 31
+STEERED = [add((NAME, 2), 3, "norm")]
+
+
+@pytest.fixture(scope="module")
+async def running():
+    async with serving() as service, SteerClient(service.target) as client:
+        service.engine.slot_load = SlotLoad({"resid_post.1": 0}, SLOTS, 0)
+        yield service, client
+
+
+def logprobs(service: Serving, text: str) -> torch.Tensor:
+    """Of the plain model, after each token."""
+    x = service.engine._embedding[[ord(character) for character in text]]
+    return (x @ service.engine._head).log_softmax(1)
+
+
+async def test_a_score_is_the_log_probability_of_each_forced_token(running):
+    service, client = running
+
+    response = await client.score("he", ["llo", "l"])
+
+    expected = logprobs(service, "hello")
+    for scored, text in zip(response.continuations, ["llo", "l"], strict=True):
+        wanted = [float(expected[1 + i, ord(character)]) for i, character in enumerate(text)]
+        assert scored.logprobs == pytest.approx(wanted, abs=1e-5)
+        assert scored.logprob == pytest.approx(sum(wanted), abs=1e-5)
+        assert list(scored.tokens.pieces) == list(text)
+
+
+async def test_a_scores_continuation_counts_as_generated(running):
+    _, client = running
+    edit = add((NAME, 2), 3, "norm", only=["generated"])
+
+    response = await client.score("he", ["llo"], [edit])
+    plain = await client.score("he", ["llo"])
+
+    (scored,), (before,) = response.continuations, plain.continuations
+    assert [report.tokens_in_scope for report in scored.edit_reports] == [3]
+    assert scored.logprobs[0] == before.logprobs[0], "its first token is drawn from the prompt"
+    assert scored.logprobs[1] != before.logprobs[1]
+
+
+async def test_a_comparison_says_where_arms_part_and_by_how_much(running):
+    _, client = running
+    found: dict[int, list] = {}
+    async for response in client.compare("hello", [STEERED, []], max_tokens=6):
+        found.setdefault(response.arm, []).append(response)
+
+    events = {
+        arm: [response.WhichOneof("event") for response in responses]
+        for arm, responses in found.items()
+    }
+    assert [events[arm][0] for arm in (0, 1, 2)] == ["started"] * 3
+    assert [events[arm][-1] for arm in (0, 1, 2)] == ["finished", "divergence", "divergence"]
+    drawn = {arm: [t for r in responses for t in r.tokens.ids] for arm, responses in found.items()}
+    seeds = {responses[0].started.sampling.seed for responses in found.values()}
+    assert len(seeds) == 1
+    steered, same = found[1][-1].divergence, found[2][-1].divergence
+    assert drawn[2] == drawn[0]
+    assert not same.HasField("first_index")
+    assert set(same.logprob_changes) == {0.0}
+    parts = next(i for i, (a, b) in enumerate(zip(drawn[0], drawn[1], strict=True)) if a != b)
+    assert steered.first_index == parts
+    scores = await client.score("hello", [drawn[0]], STEERED)
+    plain = await client.score("hello", [drawn[0]])
+    changes = np.subtract(scores.continuations[0].logprobs, plain.continuations[0].logprobs)
+    assert steered.logprob_changes == pytest.approx(changes, abs=1e-5)
+    assert steered.mean_logprob_change == pytest.approx(changes.mean(), abs=1e-5)
+
+
+def activations(service: Serving, text: str) -> torch.Tensor:
+    x = service.engine._embedding[[ord(character) for character in text]]
+    return small_dictionary().dictionary.encode(x)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    p, q = p.double(), q.double()
+    return float((p.exp() * (p - q)).sum())
+
+
+async def test_patching_a_set_gives_the_distribution_of_the_patched_target(running):
+    service, client = running
+    f_source, f_target = activations(service, SOURCE), activations(service, TARGET)
+    differing = (f_source[1:] != f_target[1:]).any(dim=0).nonzero()[:, 0].tolist()
+    chosen = differing[:3]
+
+    response = await client.patch(SOURCE, TARGET, NAME, [chosen, []], token_ids=[7], top_k=5)
+
+    assert sorted(response.differing_features) >= chosen
+    largest = (f_source[1:] - f_target[1:]).abs().amax(dim=0)
+    first = response.differing_features[0]
+    assert largest[first] == max(largest[feature] for feature in response.differing_features)
+    plain, other = logprobs(service, TARGET)[-1], logprobs(service, SOURCE)[-1]
+    change = (f_source - f_target)[:, chosen] @ small_dictionary().dictionary.W_dec[chosen]
+    change[0] = 0
+    x = service.engine._embedding[ord(TARGET[-1])] + change[-1] / INPUT_SCALE
+    patched = (x @ service.engine._head).log_softmax(0)
+    result, nothing = response.results
+    assert result.next.token_logprobs == pytest.approx([float(patched[7])], abs=1e-4)
+    assert list(result.next.ids) == patched.argsort(descending=True)[:5].tolist()
+    assert result.source_kl == pytest.approx(kl(other, patched), abs=1e-4)
+    assert result.target_kl == pytest.approx(kl(plain, patched), abs=1e-4)
+    assert result.edit_norm == pytest.approx(float((change / INPUT_SCALE).norm()), rel=1e-4)
+    assert result.patched_features == len(chosen)
+    assert (nothing.target_kl, nothing.edit_norm, nothing.patched_features) == (0, 0, 0)
+    assert response.source_target_kl == pytest.approx(kl(other, plain), abs=1e-4)
+
+
+async def test_all_features_are_those_that_differ(running):
+    service, client = running
+    f_source, f_target = activations(service, "hel"), activations(service, "hal")
+
+    response = await client.patch("hel", "hal", NAME, all_features=True)
+
+    differing = (f_source[1] != f_target[1]).nonzero()[:, 0].tolist()
+    assert sorted(response.differing_features) == differing
+    assert response.results[0].patched_features == len(differing)
+
+
+async def test_more_features_than_slots_are_refused(running):
+    with pytest.raises(CallFailed, match=f"would patch 32 features; at most {SLOTS}"):
+        await running[1].patch(SOURCE, TARGET, NAME, all_features=True)
+
+
+async def test_positions_pair_a_target_with_another_place_of_the_source(running):
+    service, client = running
+    f_source, f_target = activations(service, "hi"), activations(service, TARGET)
+
+    response = await client.patch("hi", TARGET, NAME, all_features=True, positions={-1: 1})
+
+    differing = (f_source[1] != f_target[-1]).nonzero()[:, 0].tolist()
+    assert sorted(response.differing_features) == differing
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "field"),
+    [
+        (lambda c: c.score("", ["a"]), "INVALID_ARGUMENT", "prompt.text"),
+        (lambda c: c.score("he", []), "INVALID_ARGUMENT", "continuations"),
+        (lambda c: c.score("he", [""]), "INVALID_ARGUMENT", "continuations[0].text"),
+        (lambda c: c.score("he", ["a" * 62]), "INVALID_ARGUMENT", "continuations[0].text"),
+        (lambda c: c.score("he", [[128]]), "INVALID_ARGUMENT", "continuations[0].token_ids.ids[0]"),
+        (
+            lambda c: c.score("he", ["a"], [clamp((NAME, 99), 1)]),
+            "OUT_OF_RANGE",
+            "edits[0].feature",
+        ),
+        (lambda c: c.score("he", ["a"], presets=["x"]), "NOT_FOUND", "presets[0]"),
+        (lambda c: c.patch("he", "hi", "none", [[1]]), "NOT_FOUND", "dictionary"),
+        (lambda c: c.patch("he", "hi", NAME), "INVALID_ARGUMENT", "sets"),
+        (lambda c: c.patch("he", "his", NAME, [[1]]), "INVALID_ARGUMENT", "positions"),
+        (lambda c: c.patch("he", "hi", NAME, [[1, 1]]), "INVALID_ARGUMENT", "sets[0].features"),
+        (lambda c: c.patch("he", "hi", NAME, [[99]]), "OUT_OF_RANGE", "sets[0].features[0]"),
+        (
+            lambda c: c.patch("he", "hi", NAME, [[1]], positions={2: 0}),
+            "OUT_OF_RANGE",
+            "positions[0].target",
+        ),
+        (
+            lambda c: c.patch("he", "hi", NAME, [[1]], positions={1: -3}),
+            "OUT_OF_RANGE",
+            "positions[0].source",
+        ),
+        (
+            lambda c: c.patch("he", "hi", NAME, [[1]], positions={1: 1, -1: 1}),
+            "INVALID_ARGUMENT",
+            "positions[1].target",
+        ),
+        (lambda c: c.patch("he", "hi", NAME, [[1]], top_k=0), "INVALID_ARGUMENT", "top_k"),
+        (
+            lambda c: c.patch("he", "hi", NAME, [[1]], token_ids=[128]),
+            "INVALID_ARGUMENT",
+            "token_ids[0]",
+        ),
+        (
+            lambda c: c.patch("he", "hi", NAME, [[1]], token_ids=[1] * 257),
+            "INVALID_ARGUMENT",
+            "token_ids",
+        ),
+    ],
+)
+async def test_bad_values_are_refused_by_path(running, call, code: str, field: str):
+    with pytest.raises(CallFailed) as caught:
+        await call(running[1])
+
+    assert (caught.value.code.name, caught.value.field) == (code, field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"arms": [steering_pb2.Arm()]}, "generation"),
+        ({"generation": {"prompt": {"text": "he"}}}, "arms"),
+        (
+            {
+                "generation": {"prompt": {"text": "he"}, "sampling": {"n": 2}},
+                "arms": [steering_pb2.Arm()],
+            },
+            "generation.sampling.n",
+        ),
+        (
+            {"generation": {"prompt": {"text": "he"}}, "arms": [steering_pb2.Arm(presets=["x"])]},
+            "arms[0].presets[0]",
+        ),
+        (
+            {"generation": {"prompt": {"text": "h" * 63}}, "arms": [steering_pb2.Arm()]},
+            "generation.prompt",
+        ),
+    ],
+)
+async def test_a_bad_comparison_is_refused_by_path(running, fields, field: str):
+    with pytest.raises(CallFailed) as caught:
+        await collect(running[0].steering.Compare(steering_pb2.CompareRequest(**fields)))
+
+    assert caught.value.field == field
