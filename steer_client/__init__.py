@@ -1,5 +1,6 @@
 """Python client and command line for a steer server."""
 
+from steer_client.channel import Tls
 from steer_client.client import LiveSession, SteerClient, rejection
 from steer_client.edits import (
     Feature,
@@ -23,6 +24,7 @@ __all__ = [
     "LiveSession",
     "Row",
     "SteerClient",
+    "Tls",
     "ablate",
     "active",
     "add",

@@ -13,8 +13,10 @@ import uvloop
 from steer_server import __version__
 from steer_server.api.generations import Generations
 from steer_server.api.server import Server, address
-from steer_server.config import ServerConfig, parser, resolve
+from steer_server.api.tls import tls_files
+from steer_server.config import ServerConfig, resolve
 from steer_server.errors import EngineUnavailable, InvalidConfig, SteerError
+from steer_server.flags import parser
 from steer_server.generation import Engine
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
@@ -72,11 +74,12 @@ async def serve(
     start: Callable[[ServerConfig, Registry], Awaitable[Engine]] = start_engine,
 ) -> None:
     """Startup, wait, shutdown. EngineUnavailable if the engine dies."""
+    tls = tls_files(config.tls_cert, config.tls_key, config.tls_client_ca)
     registry = load_registry(config)
     watch = resolve_watch(config.watch, registry)
     metrics = Metrics(config.model, registry, watch)
     server = Server(metrics)
-    port = server.bind(config.host, config.port)
+    port = server.bind(config.host, config.port, tls)
     try:
         scraped = metrics.serve(config.metrics_host, config.metrics_port)
     except OSError as error:

@@ -1,6 +1,5 @@
 """The server's settings: from a TOML file, the environment and flags, in rising order of weight."""
 
-import argparse
 import json
 import os
 import re
@@ -16,16 +15,6 @@ from steer_server.errors import InvalidConfig, SteerError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_WATCHED = 100
 _WATCHED = re.compile(r"([^:]+):([0-9]+)")
-
-_EXAMPLE = """\
-example:
-  steer-server --model ./smollm2 --dictionary ./dictionaries/smollm2-l9 \\
-      --watch smollm2-l9:17 --max-model-len 1024
-
-Every flag is also a key of the TOML file (max-model-len is max_model_len; dictionaries is a list of
-folders or a table of name = folder) and an environment variable (STEER_MAX_MODEL_LEN; lists are
-separated by commas). A flag beats the environment, which beats the file.
-"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +43,11 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 50051
     """0 takes a free one."""
+    tls_cert: Path | None = None
+    """PEM file of the server's certificate and those between it and the authority; None: no TLS."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """PEM file of the authorities whose certificates clients must show."""
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
     """0 takes a free one."""
@@ -81,70 +75,10 @@ class ServerConfig:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)} | lists
         # A TOML value of these kinds is written as in JSON.
         return "".join(
-            f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+            f"{key} = {json.dumps(value, ensure_ascii=False, default=str)}\n"
             for key, value in values.items()
             if value is not None
         )
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of `steer-server`."""
-    root = argparse.ArgumentParser(
-        prog="steer-server",
-        description="Serve a language model whose features clients read and edit over gRPC.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    root.add_argument("--config", metavar="FILE", help="TOML file with any of the keys below")
-    root.add_argument(
-        "--check-config", action="store_true", help="print the resulting settings and exit"
-    )
-    model = root.add_argument_group("what is served")
-    model.add_argument("--model", metavar="FOLDER|ID", help="Hugging Face folder or hub id")
-    model.add_argument(
-        "--dictionary",
-        dest="dictionaries",
-        action="append",
-        metavar="[NAME=]FOLDER",
-        help="load a dictionary; repeat for more (default name: the one its card has)",
-    )
-    model.add_argument(
-        "--site",
-        dest="sites",
-        action="append",
-        metavar="SITE",
-        help="serve this site, such as resid_post.12; repeat (default: those of the dictionaries)",
-    )
-    engine = root.add_argument_group("engine")
-    engine.add_argument("--max-model-len", metavar="N", help="tokens of prompt and answer together")
-    engine.add_argument(
-        "--max-num-seqs", metavar="N", help="requests computed together (default 64)"
-    )
-    engine.add_argument(
-        "--edit-slots",
-        metavar="N",
-        help="features that running requests may edit at a site, all together (default 1024)",
-    )
-    engine.add_argument("--dtype", metavar="|".join(DTYPES), help="of the model (default auto)")
-    engine.add_argument(
-        "--enforce-eager", action="store_true", help="no torch.compile, no CUDA graphs"
-    )
-    engine.add_argument("--kv-cache-gib", metavar="N", help="KV cache on CPU, in GiB (default 4)")
-    net = root.add_argument_group("network (no TLS, no authentication: keep it on a trusted one)")
-    net.add_argument("--host", help="gRPC address (default 127.0.0.1)")
-    net.add_argument("--port", metavar="N", help="gRPC port (default 50051; 0: any free one)")
-    net.add_argument("--drain-seconds", metavar="N", help="grace after SIGTERM (default 30)")
-    metrics = root.add_argument_group("metrics")
-    metrics.add_argument("--metrics-host", metavar="HOST", help="default 127.0.0.1")
-    metrics.add_argument("--metrics-port", metavar="N", help="default 9464; 0: any free one")
-    metrics.add_argument(
-        "--watch",
-        action="append",
-        metavar="DICT:FEATURE",
-        help=f"export this feature's activations; repeat, at most {MAX_WATCHED}",
-    )
-    return root
 
 
 def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServerConfig:
@@ -223,6 +157,10 @@ def _text(key: str, value: Any) -> str:
     return value
 
 
+def _file(key: str, value: Any) -> Path:
+    return Path(_text(key, value))
+
+
 def _dtype(key: str, value: Any) -> str:
     if value not in DTYPES:
         raise InvalidConfig(f"{value!r} is not one of {', '.join(DTYPES)}", field=key)
@@ -282,6 +220,9 @@ _CHECKS = {
     "watch": _watch,
     "host": _text,
     "port": _integer(0, 65535),
+    "tls_cert": _file,
+    "tls_key": _file,
+    "tls_client_ca": _file,
     "metrics_host": _text,
     "metrics_port": _integer(0, 65535),
     "max_model_len": _integer(2, 10_000_000),

@@ -21,6 +21,7 @@ from steer_server.api.calls import CallInterceptor, Gate
 from steer_server.api.dictionaries import DictionaryService
 from steer_server.api.generations import Generations
 from steer_server.api.steering import SteeringService
+from steer_server.api.tls import TlsFiles, credentials
 from steer_server.errors import InvalidConfig
 from steer_server.metrics import Metrics
 
@@ -61,9 +62,11 @@ class Server:
             interceptors=[CallInterceptor(self._gate, metrics)], options=_OPTIONS
         )
 
-    def bind(self, host: str, port: int) -> int:
+    def bind(self, host: str, port: int, tls: TlsFiles | None = None) -> int:
         """The port, which the system chooses for 0."""
         try:
+            if tls:
+                return self._server.add_secure_port(address(host, port), credentials(tls))
             return self._server.add_insecure_port(address(host, port))
         except RuntimeError as error:
             raise InvalidConfig(

@@ -20,6 +20,7 @@ from steer.v1 import (
 from steer_client import CallFailed
 from steer_server.api.generations import Generations
 from steer_server.api.server import Server
+from steer_server.api.tls import TlsFiles
 from steer_server.dictionary.card import Card, Model, Quality
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import Evidence, Example, FeatureStatistics
@@ -100,9 +101,12 @@ class Serving:
 
 @asynccontextmanager
 async def serving(
-    watch: Mapping[str, Sequence[int]] | None = None, max_calls: int = 100, ready: bool = True
+    watch: Mapping[str, Sequence[int]] | None = None,
+    max_calls: int = 100,
+    ready: bool = True,
+    tls: TlsFiles | None = None,
 ) -> AsyncIterator[Serving]:
-    """The server on a free port, and a channel to it."""
+    """The server on a free port, and a channel to it, which is of no use with TLS."""
     engine = FakeEngine(D_MODEL)
     registry = Registry()
     registry.add(NAME, small_dictionary())
@@ -110,7 +114,7 @@ async def serving(
     metrics = Metrics("fake", registry, watch or {})
     metrics.watch_engine(engine)
     server = Server(metrics, max_calls)
-    target = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
+    target = f"127.0.0.1:{server.bind('127.0.0.1', 0, tls)}"
     await server.start(Generations(engine, registry, metrics, watch or {}))
     if ready:
         await server.open()

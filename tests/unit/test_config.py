@@ -16,7 +16,7 @@ from steer.v1 import steering_pb2
 
 from steer_client import CallFailed, SteerClient
 from steer_server.__main__ import _until_signal, load_registry, resolve_watch, serve
-from steer_server.config import DictionarySource, ServerConfig, parser, resolve
+from steer_server.config import DictionarySource, ServerConfig, resolve
 from steer_server.dictionary.files import save
 from steer_server.dictionary.site import Site
 from steer_server.errors import (
@@ -26,6 +26,7 @@ from steer_server.errors import (
     EngineUnavailable,
     InvalidConfig,
 )
+from steer_server.flags import parser
 from steer_server.registry import Registry
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import D_MODEL, NAME, NEVER_FIRED, serving, small_dictionary
@@ -46,6 +47,7 @@ def test_every_flag_reaches_its_setting():
     config = settings(
         *("--model", "m", "--dictionary", "a=/x", "--dictionary", "/y", "--site", "mlp_out.3"),
         *("--watch", "a:7", "--host", "::", "--port", "0", "--metrics-host", "::1"),
+        *("--tls-cert", "/c", "--tls-key", "/k", "--tls-client-ca", "/a"),
         *("--metrics-port", "1", "--max-model-len", "128", "--max-num-seqs", "2"),
         *("--dtype", "float32", "--enforce-eager", "--kv-cache-gib", "3", "--drain-seconds", "0"),
     )
@@ -57,6 +59,9 @@ def test_every_flag_reaches_its_setting():
         watch=(("a", 7),),
         host="::",
         port=0,
+        tls_cert=Path("/c"),
+        tls_key=Path("/k"),
+        tls_client_ca=Path("/a"),
         metrics_host="::1",
         metrics_port=1,
         max_model_len=128,
@@ -72,6 +77,7 @@ def test_the_settings_are_written_as_a_file_that_gives_them_again(tmp_path: Path
     config = settings(
         *("--model", 'a "model"', "--dictionary", "a=/x", "--dictionary", "/y"),
         *("--site", "mlp_out.3", "--watch", "a:7", "--enforce-eager", "--kv-cache-gib", "3"),
+        *("--tls-cert", "/c", "--tls-key", "/k"),
     )
     file = tmp_path / "steer.toml"
     file.write_text(config.to_toml())
