@@ -1,5 +1,6 @@
 """The server's settings: from a TOML file, the environment and flags, in rising order of weight."""
 
+import ipaddress
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 from steer_server.dictionary.site import SERVED, Site
 from steer_server.errors import InvalidConfig, SteerError
+from steer_server.logs import LOG_FORMATS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_WATCHED = 100
@@ -48,6 +50,16 @@ class ServerConfig:
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     """PEM file of the authorities whose certificates clients must show."""
+    auth_tokens: Path | None = None
+    """TOML file of the tokens that calls must carry; None: whoever reaches the port may do everything."""
+    insecure: bool = False
+    """Listen to other machines although nothing says who calls."""
+    max_sessions: int = 256
+    max_sessions_per_principal: int = 8
+    """Of a caller whose token says nothing of it."""
+    slow_reader_seconds: int = 60
+    """How long a message of a stream may wait for its client before the call is ended."""
+    log_format: str = "text"
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
     """0 takes a free one."""
@@ -64,6 +76,14 @@ class ServerConfig:
     """Memory of the KV cache on CPU, in GiB; on CUDA vLLM takes its share of the device."""
     drain_seconds: int = 30
     """How long running requests may go on after SIGTERM."""
+
+    @property
+    def local(self) -> bool:
+        """Certainly no other machine reaches the gRPC port."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def to_toml(self) -> str:
         """The settings as a file that gives them again."""
@@ -100,7 +120,21 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -
         )
     config = ServerConfig(**{key: _CHECKS[key](key, value) for key, value in raw.items()})
     _check_names(config)
+    _check_reach(config)
     return config
+
+
+def _check_reach(config: ServerConfig) -> None:
+    """Who reaches the port may do everything, unless a token or a certificate says who calls."""
+    known = config.auth_tokens or config.tls_client_ca
+    if known or config.insecure or config.local:
+        return
+    raise InvalidConfig(
+        f"{config.host} is reached from other machines, and nothing says who calls: set auth_tokens (and "
+        "tls_cert and tls_key), or tls_client_ca; or insecure = true (--insecure), where the network keeps "
+        "strangers out",
+        field="host",
+    )
 
 
 def _check_names(config: ServerConfig) -> None:
@@ -161,10 +195,13 @@ def _file(key: str, value: Any) -> Path:
     return Path(_text(key, value))
 
 
-def _dtype(key: str, value: Any) -> str:
-    if value not in DTYPES:
-        raise InvalidConfig(f"{value!r} is not one of {', '.join(DTYPES)}", field=key)
-    return value
+def _one_of(known: Sequence[str]):
+    def check(key: str, value: Any) -> str:
+        if value not in known:
+            raise InvalidConfig(f"{value!r} is not one of {', '.join(known)}", field=key)
+        return value
+
+    return check
 
 
 def _sources(key: str, value: Any) -> tuple[DictionarySource, ...]:
@@ -223,12 +260,18 @@ _CHECKS = {
     "tls_cert": _file,
     "tls_key": _file,
     "tls_client_ca": _file,
+    "auth_tokens": _file,
+    "insecure": _boolean,
+    "max_sessions": _integer(1, 1_000_000),
+    "max_sessions_per_principal": _integer(1, 1_000_000),
+    "slow_reader_seconds": _integer(1, 86_400),
+    "log_format": _one_of(LOG_FORMATS),
     "metrics_host": _text,
     "metrics_port": _integer(0, 65535),
     "max_model_len": _integer(2, 10_000_000),
     "max_num_seqs": _integer(1, 4096),
     "edit_slots": _integer(1, 1_000_000),
-    "dtype": _dtype,
+    "dtype": _one_of(DTYPES),
     "enforce_eager": _boolean,
     "kv_cache_gib": _integer(1, 100_000),
     "drain_seconds": _integer(0, 86_400),

@@ -2,7 +2,9 @@
 
 import argparse
 
+from steer_server.api.auth import Scope
 from steer_server.config import DTYPES, MAX_WATCHED
+from steer_server.logs import LOG_FORMATS
 
 _EXAMPLE = """\
 example:
@@ -12,6 +14,12 @@ example:
 Every flag is also a key of the TOML file (max-model-len is max_model_len; dictionaries is a list of
 folders or a table of name = folder) and an environment variable (STEER_MAX_MODEL_LEN; lists are
 separated by commas). A flag beats the environment, which beats the file.
+
+token file:
+  `steer-server token alice --scope infer` prints a new token, and its entry for the TOML file of
+  --auth-tokens: name, sha256 of the token, scopes (infer: generate under edits; observe: read
+  activations; admin), and optionally max_calls, max_sessions, tokens_per_minute. The file is read
+  anew when it changes.
 """
 
 
@@ -69,6 +77,22 @@ def parser() -> argparse.ArgumentParser:
     net.add_argument(
         "--tls-client-ca", metavar="FILE", help="clients must show a certificate that these sign"
     )
+    net.add_argument(
+        "--auth-tokens", metavar="FILE", help="calls must carry a token of this file (see below)"
+    )
+    net.add_argument(
+        "--insecure",
+        action="store_true",
+        help="listen to other machines although nothing says who calls",
+    )
+    net.add_argument("--max-sessions", metavar="N", help="open at a time (default 256)")
+    net.add_argument("--max-sessions-per-principal", metavar="N", help="of one token (default 8)")
+    net.add_argument(
+        "--slow-reader-seconds",
+        metavar="N",
+        help="a call whose client takes nothing for so long is ended (default 60)",
+    )
+    net.add_argument("--log-format", metavar="|".join(LOG_FORMATS), help="of stderr (default text)")
     net.add_argument("--drain-seconds", metavar="N", help="grace after SIGTERM (default 30)")
     metrics = root.add_argument_group("metrics")
     metrics.add_argument("--metrics-host", metavar="HOST", help="default 127.0.0.1")
@@ -78,5 +102,25 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="DICT:FEATURE",
         help=f"export this feature's activations; repeat, at most {MAX_WATCHED}",
+    )
+    return root
+
+
+def token_parser() -> argparse.ArgumentParser:
+    """The command line of `steer-server token`."""
+    root = argparse.ArgumentParser(
+        prog="steer-server token",
+        description="Make a token: it goes to stderr, once; its entry for --auth-tokens goes to stdout.",
+        epilog="example: steer-server token alice --scope infer --scope observe >> tokens.toml",
+    )
+    root.add_argument("name", metavar="NAME", help="who will call with it")
+    root.add_argument(
+        "--scope",
+        dest="scopes",
+        action="append",
+        type=Scope,
+        choices=list(Scope),
+        required=True,
+        help="what it is good for; repeat for more",
     )
     return root

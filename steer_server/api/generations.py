@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 
+from steer_server.api import calls
 from steer_server.api.edits import op_of
 from steer_server.api.wire import ResolvedRequest
 from steer_server.errors import EditNotApplied, InvalidRequest, WrongState
@@ -39,7 +40,8 @@ class Generations:
     def begin(
         self, rpc: str, request_id: str, request: ResolvedRequest, live: bool = False
     ) -> "Run":
-        """The generation, not yet running; `rpc` names it in metrics."""
+        """The generation, not yet running; `rpc` names it in metrics. QuotaExceeded by the caller's tokens."""
+        calls.check_tokens()
         return Run(self.engine, self.metrics, self._hidden, rpc, request_id, request, live)
 
 
@@ -124,10 +126,12 @@ class Run:
         metrics, steered = self._metrics, self.steered
         if output.token_ids and not self.generated:
             metrics.tokens.labels("prompt", steered).inc(self.prompt_length)
+            calls.count_tokens(self.prompt_length)
             waited = time.perf_counter() - self._began
             metrics.first_token_seconds.labels(steered).observe(waited)
         self.generated += len(output.token_ids)
         metrics.tokens.labels("generated", steered).inc(len(output.token_ids))
+        calls.count_tokens(len(output.token_ids))
         for name, seconds in output.encode_seconds.items():
             metrics.encode_seconds.labels(name).observe(seconds)
         for rows in output.activations:

@@ -9,6 +9,7 @@ from typing import Any
 from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2
 
 from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_TOP_K, check, check_scopes
+from steer_server.api.calls import require_observe
 from steer_server.api.edits import Limits, check_feature, check_vocabulary, read_edits, read_phases
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import InvalidRequest, PromptTooLong, SteerError
@@ -38,6 +39,8 @@ def read_generation(
     room = engine.max_model_len - len(prompt)
     sampling = _read_sampling(message.sampling, room, f"{path}.sampling")
     edits = read_edits(message.edits, registry, limits(engine), f"{path}.edits")
+    if message.read_outs:
+        require_observe(f"{path}.read_outs")
     read_outs = _read_read_outs(message.read_outs, registry, f"{path}.read_outs")
     program = admit(Program(edits, read_outs), registry, len(prompt), path)
     with _within(path):
