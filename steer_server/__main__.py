@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 
 import uvloop
 
@@ -35,6 +36,7 @@ def main() -> None:
     try:
         config = resolve(flags)
         if flags.get("check_config"):
+            check(config)
             print(config.to_toml(), end="")
             return
         logs.set_up(config.log_format)
@@ -44,6 +46,17 @@ def main() -> None:
     except SteerError as error:
         where = f"{error.field}: " if error.field else ""
         sys.exit(f"steer-server: {where}{error}")
+
+
+def check(config: ServerConfig) -> None:
+    """All that `serve` checks before it starts the engine: files, dictionaries, watched features."""
+    if config.model.startswith(("/", ".")) and not Path(config.model, "config.json").is_file():
+        raise InvalidConfig(
+            f"{config.model} has no config.json; is it a Hugging Face folder?", field="model"
+        )
+    tls_files(config.tls_cert, config.tls_key, config.tls_client_ca)
+    policy_of(config)
+    resolve_watch(config.watch, load_registry(config))
 
 
 def make_token(arguments: Sequence[str]) -> None:

@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--config", metavar="FILE", help="TOML file with any of the keys below")
     root.add_argument(
-        "--check-config", action="store_true", help="print the resulting settings and exit"
+        "--check-config",
+        action="store_true",
+        help="check settings, files and dictionaries, print the resulting settings, and exit",
     )
     model = root.add_argument_group("what is served")
     model.add_argument("--model", metavar="FOLDER|ID", help="Hugging Face folder or hub id")

@@ -33,10 +33,12 @@ class Authority:
         self.cert = folder / f"{name}.crt"
         self.cert.write_bytes(_pem(certificate.sign(self._key, hashes.SHA256())))
 
-    def issue(self, name: str) -> Pair:
-        """Overwrites the files of an earlier certificate of that name."""
+    def issue(self, name: str, host: str = "localhost") -> Pair:
+        """For `host`, and for 127.0.0.1 if that is localhost. Overwrites the files of an earlier one."""
         key = ec.generate_private_key(ec.SECP256R1())
-        addresses = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        addresses: list[x509.GeneralName] = [x509.DNSName(host)]
+        if host == "localhost":
+            addresses.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
         certificate = self._builder(_name(name), key)
         certificate = certificate.add_extension(x509.SubjectAlternativeName(addresses), False)
         pair = Pair(self._folder / f"{name}.crt", self._folder / f"{name}.key")

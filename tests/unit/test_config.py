@@ -15,7 +15,14 @@ import pytest
 from steer.v1 import steering_pb2
 
 from steer_client import CallFailed, SteerClient
-from steer_server.__main__ import _until_signal, load_registry, make_token, resolve_watch, serve
+from steer_server.__main__ import (
+    _until_signal,
+    check,
+    load_registry,
+    make_token,
+    resolve_watch,
+    serve,
+)
 from steer_server.api.auth import TokenFile
 from steer_server.config import DictionarySource, ServerConfig, resolve
 from steer_server.dictionary.files import save
@@ -26,6 +33,7 @@ from steer_server.errors import (
     EditNotApplied,
     EngineUnavailable,
     InvalidConfig,
+    SteerError,
 )
 from steer_server.flags import parser
 from steer_server.registry import Registry
@@ -189,7 +197,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_checks_its_configuration_and_exits():
-    good = run("--model", "m", "--watch", "a:1", "--check-config")
+    folder = f"a={small_dictionary().folder}"
+    good = run("--model", "m", "--dictionary", folder, "--watch", "a:1", "--check-config")
     bad = run("--model", "m", "--port", "-1")
 
     assert (good.returncode, good.stderr) == (0, "")
@@ -197,6 +206,24 @@ def test_the_command_checks_its_configuration_and_exits():
     assert 'watch = ["a:1"]' in good.stdout
     assert bad.returncode == 1
     assert bad.stderr == "steer-server: port: '-1' is not a whole number in 0..65535\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"model": "./nowhere"}, InvalidConfig, "no config.json"),
+        ({"tls_cert": Path("c")}, InvalidConfig, "required with tls_cert"),
+        ({"auth_tokens": Path("/nowhere")}, InvalidConfig, "/nowhere cannot be read"),
+        ({"watch": (("other", 1),)}, InvalidConfig, "other"),
+        ({"dictionaries": (DictionarySource(Path("/nowhere")),)}, SteerError, "/nowhere"),
+    ],
+)
+def test_what_is_wrong_is_found_without_an_engine(wrong: dict, error: type, said: str):
+    good = ServerConfig("m", (DictionarySource(small_dictionary().folder),), watch=((NAME, 3),))
+    check(good)
+
+    with pytest.raises(error, match=said):
+        check(replace(good, **wrong))
 
 
 def test_the_command_makes_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
