@@ -1,5 +1,6 @@
 """Python client and command line for a steer server."""
 
+from steer_client.channel import Tls
 from steer_client.client import LiveSession, Options, SteerClient, rejection
 from steer_client.edits import (
     Feature,
@@ -25,6 +26,7 @@ __all__ = [
     "Options",
     "Row",
     "SteerClient",
+    "Tls",
     "ablate",
     "active",
     "add",

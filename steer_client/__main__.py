@@ -7,7 +7,7 @@ import sys
 import grpc
 
 from steer_client import show
-from steer_client.cli import parser, sampling_of
+from steer_client.cli import parser, sampling_of, tls_of
 from steer_client.client import SteerClient
 from steer_client.edits import Feature, read_top
 from steer_client.errors import CallFailed
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     except CallFailed as error:
         sys.exit(_explain(error, options.server))
     except ValueError as error:
-        # protobuf: a number that its field cannot hold.
+        # TLS files, a token in the clear; of protobuf: a number that its field cannot hold.
         print(f"steer: {error}", file=sys.stderr)
         sys.exit(USAGE)
     except KeyboardInterrupt:
@@ -31,7 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 async def run(options: argparse.Namespace) -> None:
     """Executes the command; CallFailed if the server does not."""
-    async with SteerClient(options.server, timeout=options.timeout) as client:
+    connection = SteerClient(
+        options.server, timeout=options.timeout, tls=tls_of(options), token=options.token
+    )
+    async with connection as client:
         out = show.Json() if options.json else show.Plain()
         match options.command:
             case "dictionaries":

@@ -1,12 +1,14 @@
 """The `steer` command: its arguments."""
 
 import argparse
+import os
 import re
 from typing import Any
 
 from steer.v1 import activations_pb2, edits_pb2
 
 from steer_client import edits
+from steer_client.channel import Tls
 from steer_client.client import DEFAULT_TARGET
 from steer_client.edits import Feature
 
@@ -35,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "--server", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"default {DEFAULT_TARGET}"
     )
     common.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after so long")
+    _add_access(common)
     common.add_argument("--json", action="store_true", help="one JSON object per line")
     root = argparse.ArgumentParser(
         prog="steer",
@@ -53,6 +56,27 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("--top", type=int, default=5, metavar="K", help="per token (default 5)")
     _add_generate(commands.add_parser("generate", parents=[common], help="generate under edits"))
     return root
+
+
+def _add_access(common: argparse.ArgumentParser) -> None:
+    common.add_argument(
+        "--tls", action="store_true", help="the server has TLS; the system's authorities vouch"
+    )
+    common.add_argument("--tls-ca", metavar="FILE", help="the authorities that vouch for it (PEM)")
+    common.add_argument("--tls-cert", metavar="FILE", help="this client's certificate (PEM)")
+    common.add_argument("--tls-key", metavar="FILE", help="and its key")
+    common.add_argument(
+        "--token",
+        default=os.environ.get("STEER_TOKEN"),
+        metavar="TOKEN",
+        help="who calls; sent over TLS or to this machine only (default: $STEER_TOKEN)",
+    )
+
+
+def tls_of(options: argparse.Namespace) -> Tls | None:
+    """None: no flag asks for TLS."""
+    files = (options.tls_ca, options.tls_cert, options.tls_key)
+    return Tls(*files) if options.tls or any(files) else None
 
 
 def _add_generate(generate: argparse.ArgumentParser) -> None:

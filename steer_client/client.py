@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, Self, TypedDict, Unpack, cast
 
-import grpc
 from google.rpc import status_pb2
 from steer.v1 import (
     activations_pb2,
@@ -16,6 +15,7 @@ from steer.v1 import (
     steering_pb2_grpc,
 )
 
+from steer_client.channel import Tls, call_metadata, open_channel
 from steer_client.errors import CallFailed, calls
 
 DEFAULT_TARGET = "localhost:50051"
@@ -62,20 +62,24 @@ class Options(TypedDict, total=False):
     n: int
 
 
-_OPTIONS = (
-    ("grpc.max_receive_message_length", 16 << 20),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
-
-
 class SteerClient:
     """Calls a steer server; use it in `async with`. A failed call raises CallFailed."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout: float | None = None) -> None:
-        """`timeout` in seconds holds for each call but a session's."""
-        self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        self._timeout = timeout
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float | None = None,
+        tls: Tls | None = None,
+        token: str | None = None,
+    ) -> None:
+        """`timeout` in seconds holds for each call but a session's.
+
+        `token` is sent over TLS or to this machine only; ValueError otherwise.
+        """
+        self._metadata = call_metadata(token)
+        self._channel = open_channel(target, tls, token)
+        self._with: dict[str, Any] = {"timeout": timeout, "metadata": self._metadata}
         self._steering = steering_pb2_grpc.SteeringServiceStub(self._channel)
         self._activations = activations_pb2_grpc.ActivationServiceStub(self._channel)
         self._dictionaries = dictionaries_pb2_grpc.DictionaryServiceStub(self._channel)
@@ -90,14 +94,14 @@ class SteerClient:
         """The resident dictionaries, by name."""
         with calls():
             request = dictionaries_pb2.ListDictionariesRequest()
-            response = await self._dictionaries.ListDictionaries(request, timeout=self._timeout)
+            response = await self._dictionaries.ListDictionaries(request, **self._with)
         return list(response.dictionaries)
 
     async def feature(self, feature: tuple[str, int]) -> dictionaries_pb2.Feature:
         """What is known of a feature."""
         request = dictionaries_pb2.GetFeatureRequest(dictionary=feature[0], feature=feature[1])
         with calls():
-            return (await self._dictionaries.GetFeature(request, timeout=self._timeout)).feature
+            return (await self._dictionaries.GetFeature(request, **self._with)).feature
 
     async def encode(
         self, prompt: PromptLike, read_outs: Sequence[activations_pb2.ReadOut]
@@ -105,7 +109,7 @@ class SteerClient:
         """The prompt's tokens, then their activations."""
         request = activations_pb2.EncodeRequest(prompt=as_prompt(prompt), read_outs=read_outs)
         with calls():
-            async for response in self._activations.Encode(request, timeout=self._timeout):
+            async for response in self._activations.Encode(request, **self._with):
                 yield response
 
     async def complete(
@@ -114,7 +118,7 @@ class SteerClient:
         """A whole generation at once; see `Options`."""
         request = steering_pb2.GenerateRequest(generation=_generation(prompt, options))
         with calls():
-            return await self._steering.Generate(request, timeout=self._timeout)
+            return await self._steering.Generate(request, **self._with)
 
     async def generate(
         self, prompt: PromptLike, **options: Unpack[Options]
@@ -125,7 +129,7 @@ class SteerClient:
         """
         generation = _generation(prompt, options)
         request = steering_pb2.GenerateStreamRequest(generation=generation)
-        call = self._steering.GenerateStream(request, timeout=self._timeout)
+        call = self._steering.GenerateStream(request, **self._with)
         try:
             with calls():
                 async for response in call:
@@ -147,7 +151,7 @@ class SteerClient:
                 for arm in arms
             ],
         )
-        call = self._steering.Compare(request, timeout=self._timeout)
+        call = self._steering.Compare(request, **self._with)
         try:
             with calls():
                 async for response in call:
@@ -170,7 +174,7 @@ class SteerClient:
             presets=presets,
         )
         with calls():
-            return await self._steering.Score(request, timeout=self._timeout)
+            return await self._steering.Score(request, **self._with)
 
     async def patch(
         self,
@@ -202,18 +206,22 @@ class SteerClient:
             top_k=top_k,
         )
         with calls():
-            return await self._steering.Patch(request, timeout=self._timeout)
+            return await self._steering.Patch(request, **self._with)
 
     def session(self) -> "LiveSession":
         """A session, to be used in `async with`."""
-        return LiveSession(self._steering)
+        return LiveSession(self._steering, self._metadata)
 
 
 class LiveSession:
     """Turns whose edits change while tokens come: start, update, and iterate over the events."""
 
-    def __init__(self, steering: steering_pb2_grpc.SteeringServiceStub) -> None:
-        self._call = steering.Session()
+    def __init__(
+        self,
+        steering: steering_pb2_grpc.SteeringServiceStub,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self._call = steering.Session(metadata=tuple(metadata))
         self._updates = 0
 
     async def __aenter__(self) -> Self:

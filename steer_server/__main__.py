@@ -7,35 +7,67 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 
 import uvloop
 
-from steer_server import __version__
+from steer_server import __version__, logs
+from steer_server.api.auth import TokenFile, new_token
 from steer_server.api.generations import Generations
+from steer_server.api.interceptor import Policy
 from steer_server.api.server import Server, address
-from steer_server.config import ServerConfig, parser, resolve
+from steer_server.api.tls import tls_files
+from steer_server.config import ServerConfig, resolve
 from steer_server.errors import EngineUnavailable, InvalidConfig, SteerError
+from steer_server.flags import parser, token_parser
 from steer_server.generation import Engine
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 
+_log = logging.getLogger(__name__)
 _ENGINE_CHECK_SECONDS = 0.5
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["token"]:
+        make_token(sys.argv[2:])
+        return
     flags = vars(parser().parse_args())
     try:
         config = resolve(flags)
         if flags.get("check_config"):
+            check(config)
             print(config.to_toml(), end="")
             return
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        logs.set_up(config.log_format)
         # Until the server drains on it: without a handler vLLM's processes would outlive this one.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         uvloop.run(serve(config))
     except SteerError as error:
         where = f"{error.field}: " if error.field else ""
         sys.exit(f"steer-server: {where}{error}")
+
+
+def check(config: ServerConfig) -> None:
+    """All that `serve` checks before it starts the engine: files, dictionaries, watched features."""
+    if config.model.startswith(("/", ".")) and not Path(config.model, "config.json").is_file():
+        raise InvalidConfig(
+            f"{config.model} has no config.json; is it a Hugging Face folder?", field="model"
+        )
+    tls_files(config.tls_cert, config.tls_key, config.tls_client_ca)
+    policy_of(config)
+    resolve_watch(config.watch, load_registry(config))
+
+
+def make_token(arguments: Sequence[str]) -> None:
+    """`steer-server token`."""
+    options = token_parser().parse_args(arguments)
+    try:
+        token, entry = new_token(options.name, options.scopes)
+    except InvalidConfig as error:
+        sys.exit(f"steer-server token: {error}")
+    print(f"token of {options.name}, shown this once: {token}", file=sys.stderr)
+    print(entry)
 
 
 async def start_engine(config: ServerConfig, registry: Registry) -> Engine:
@@ -72,15 +104,21 @@ async def serve(
     start: Callable[[ServerConfig, Registry], Awaitable[Engine]] = start_engine,
 ) -> None:
     """Startup, wait, shutdown. EngineUnavailable if the engine dies."""
+    tls = tls_files(config.tls_cert, config.tls_key, config.tls_client_ca)
+    policy = policy_of(config)
     registry = load_registry(config)
     watch = resolve_watch(config.watch, registry)
     metrics = Metrics(config.model, registry, watch)
-    server = Server(metrics)
-    port = server.bind(config.host, config.port)
+    server = Server(metrics, policy)
+    port = server.bind(config.host, config.port, tls)
     try:
         scraped = metrics.serve(config.metrics_host, config.metrics_port)
     except OSError as error:
         raise InvalidConfig(f"cannot listen on it: {error}", field="metrics_port") from error
+    if config.auth_tokens and not (tls or config.local):
+        _log.warning(
+            "without tls_cert and tls_key, tokens travel in the clear; is a proxy in front?"
+        )
     engine = await start(config, registry)
     try:
         metrics.watch_engine(engine)
@@ -97,6 +135,16 @@ async def serve(
         await engine.shutdown()
         scraped.shutdown()
         scraped.server_close()
+
+
+def policy_of(config: ServerConfig) -> Policy:
+    """Who may call; InvalidConfig if the file of tokens is wrong."""
+    return Policy(
+        max_sessions=config.max_sessions,
+        max_sessions_per_principal=config.max_sessions_per_principal,
+        slow_reader_seconds=config.slow_reader_seconds,
+        tokens=TokenFile(config.auth_tokens) if config.auth_tokens else None,
+    )
 
 
 def load_registry(config: ServerConfig) -> Registry:

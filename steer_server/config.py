@@ -1,6 +1,6 @@
 """The server's settings: from a TOML file, the environment and flags, in rising order of weight."""
 
-import argparse
+import ipaddress
 import json
 import os
 import re
@@ -12,20 +12,11 @@ from typing import Any
 
 from steer_server.dictionary.site import SERVED, Site
 from steer_server.errors import InvalidConfig, SteerError
+from steer_server.logs import LOG_FORMATS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_WATCHED = 100
 _WATCHED = re.compile(r"([^:]+):([0-9]+)")
-
-_EXAMPLE = """\
-example:
-  steer-server --model ./smollm2 --dictionary ./dictionaries/smollm2-l9 \\
-      --watch smollm2-l9:17 --max-model-len 1024
-
-Every flag is also a key of the TOML file (max-model-len is max_model_len; dictionaries is a list of
-folders or a table of name = folder) and an environment variable (STEER_MAX_MODEL_LEN; lists are
-separated by commas). A flag beats the environment, which beats the file.
-"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,21 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 50051
     """0 takes a free one."""
+    tls_cert: Path | None = None
+    """PEM file of the server's certificate and those between it and the authority; None: no TLS."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """PEM file of the authorities whose certificates clients must show."""
+    auth_tokens: Path | None = None
+    """TOML file of the tokens that calls must carry; None: whoever reaches the port may do everything."""
+    insecure: bool = False
+    """Listen to other machines although nothing says who calls."""
+    max_sessions: int = 256
+    max_sessions_per_principal: int = 8
+    """Of a caller whose token says nothing of it."""
+    slow_reader_seconds: int = 60
+    """How long a message of a stream may wait for its client before the call is ended."""
+    log_format: str = "text"
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
     """0 takes a free one."""
@@ -71,6 +77,14 @@ class ServerConfig:
     drain_seconds: int = 30
     """How long running requests may go on after SIGTERM."""
 
+    @property
+    def local(self) -> bool:
+        """Certainly no other machine reaches the gRPC port."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
     def to_toml(self) -> str:
         """The settings as a file that gives them again."""
         lists: dict[str, list[str]] = {
@@ -81,70 +95,10 @@ class ServerConfig:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)} | lists
         # A TOML value of these kinds is written as in JSON.
         return "".join(
-            f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+            f"{key} = {json.dumps(value, ensure_ascii=False, default=str)}\n"
             for key, value in values.items()
             if value is not None
         )
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of `steer-server`."""
-    root = argparse.ArgumentParser(
-        prog="steer-server",
-        description="Serve a language model whose features clients read and edit over gRPC.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    root.add_argument("--config", metavar="FILE", help="TOML file with any of the keys below")
-    root.add_argument(
-        "--check-config", action="store_true", help="print the resulting settings and exit"
-    )
-    model = root.add_argument_group("what is served")
-    model.add_argument("--model", metavar="FOLDER|ID", help="Hugging Face folder or hub id")
-    model.add_argument(
-        "--dictionary",
-        dest="dictionaries",
-        action="append",
-        metavar="[NAME=]FOLDER",
-        help="load a dictionary; repeat for more (default name: the one its card has)",
-    )
-    model.add_argument(
-        "--site",
-        dest="sites",
-        action="append",
-        metavar="SITE",
-        help="serve this site, such as resid_post.12; repeat (default: those of the dictionaries)",
-    )
-    engine = root.add_argument_group("engine")
-    engine.add_argument("--max-model-len", metavar="N", help="tokens of prompt and answer together")
-    engine.add_argument(
-        "--max-num-seqs", metavar="N", help="requests computed together (default 64)"
-    )
-    engine.add_argument(
-        "--edit-slots",
-        metavar="N",
-        help="features that running requests may edit at a site, all together (default 1024)",
-    )
-    engine.add_argument("--dtype", metavar="|".join(DTYPES), help="of the model (default auto)")
-    engine.add_argument(
-        "--enforce-eager", action="store_true", help="no torch.compile, no CUDA graphs"
-    )
-    engine.add_argument("--kv-cache-gib", metavar="N", help="KV cache on CPU, in GiB (default 4)")
-    net = root.add_argument_group("network (no TLS, no authentication: keep it on a trusted one)")
-    net.add_argument("--host", help="gRPC address (default 127.0.0.1)")
-    net.add_argument("--port", metavar="N", help="gRPC port (default 50051; 0: any free one)")
-    net.add_argument("--drain-seconds", metavar="N", help="grace after SIGTERM (default 30)")
-    metrics = root.add_argument_group("metrics")
-    metrics.add_argument("--metrics-host", metavar="HOST", help="default 127.0.0.1")
-    metrics.add_argument("--metrics-port", metavar="N", help="default 9464; 0: any free one")
-    metrics.add_argument(
-        "--watch",
-        action="append",
-        metavar="DICT:FEATURE",
-        help=f"export this feature's activations; repeat, at most {MAX_WATCHED}",
-    )
-    return root
 
 
 def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServerConfig:
@@ -166,7 +120,21 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -
         )
     config = ServerConfig(**{key: _CHECKS[key](key, value) for key, value in raw.items()})
     _check_names(config)
+    _check_reach(config)
     return config
+
+
+def _check_reach(config: ServerConfig) -> None:
+    """Who reaches the port may do everything, unless a token or a certificate says who calls."""
+    known = config.auth_tokens or config.tls_client_ca
+    if known or config.insecure or config.local:
+        return
+    raise InvalidConfig(
+        f"{config.host} is reached from other machines, and nothing says who calls: set auth_tokens (and "
+        "tls_cert and tls_key), or tls_client_ca; or insecure = true (--insecure), where the network keeps "
+        "strangers out",
+        field="host",
+    )
 
 
 def _check_names(config: ServerConfig) -> None:
@@ -223,10 +191,17 @@ def _text(key: str, value: Any) -> str:
     return value
 
 
-def _dtype(key: str, value: Any) -> str:
-    if value not in DTYPES:
-        raise InvalidConfig(f"{value!r} is not one of {', '.join(DTYPES)}", field=key)
-    return value
+def _file(key: str, value: Any) -> Path:
+    return Path(_text(key, value))
+
+
+def _one_of(known: Sequence[str]):
+    def check(key: str, value: Any) -> str:
+        if value not in known:
+            raise InvalidConfig(f"{value!r} is not one of {', '.join(known)}", field=key)
+        return value
+
+    return check
 
 
 def _sources(key: str, value: Any) -> tuple[DictionarySource, ...]:
@@ -282,12 +257,21 @@ _CHECKS = {
     "watch": _watch,
     "host": _text,
     "port": _integer(0, 65535),
+    "tls_cert": _file,
+    "tls_key": _file,
+    "tls_client_ca": _file,
+    "auth_tokens": _file,
+    "insecure": _boolean,
+    "max_sessions": _integer(1, 1_000_000),
+    "max_sessions_per_principal": _integer(1, 1_000_000),
+    "slow_reader_seconds": _integer(1, 86_400),
+    "log_format": _one_of(LOG_FORMATS),
     "metrics_host": _text,
     "metrics_port": _integer(0, 65535),
     "max_model_len": _integer(2, 10_000_000),
     "max_num_seqs": _integer(1, 4096),
     "edit_slots": _integer(1, 1_000_000),
-    "dtype": _dtype,
+    "dtype": _one_of(DTYPES),
     "enforce_eager": _boolean,
     "kv_cache_gib": _integer(1, 100_000),
     "drain_seconds": _integer(0, 86_400),

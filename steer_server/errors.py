@@ -15,6 +15,12 @@
   x UnsupportedModel
   x CorruptDictionary
   x Overloaded
+    - QuotaExceeded
+  x Unauthenticated
+  x PermissionDenied
+  x DuplicateRequest
+  x DeadlineTooShort
+  x SlowReader
   x EngineUnavailable
   x EditNotApplied
   x UnsupportedVllm
@@ -88,6 +94,36 @@ class CorruptDictionary(SteerError):
 
 class Overloaded(SteerError):
     """No room now; the same request may succeed later."""
+
+
+class QuotaExceeded(Overloaded):
+    """The caller's own share is used up."""
+
+    def __init__(self, message: str, *, subject: str, retry_seconds: float) -> None:
+        """`subject` is whose quota it is; the same request may succeed after `retry_seconds`."""
+        super().__init__(message)
+        self.subject = subject
+        self.retry_seconds = retry_seconds
+
+
+class Unauthenticated(SteerError):
+    """The call does not say who makes it, or nobody knows them."""
+
+
+class PermissionDenied(SteerError):
+    """The caller is known and may not do that."""
+
+
+class DuplicateRequest(SteerError):
+    """A call with that request id runs."""
+
+
+class DeadlineTooShort(SteerError):
+    """The call's deadline leaves no time to serve it."""
+
+
+class SlowReader(SteerError):
+    """The client has not taken what was sent to it for too long; its call ends."""
 
 
 class EngineUnavailable(SteerError):

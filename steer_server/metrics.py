@@ -28,6 +28,7 @@ from steer_server.generation import Engine
 # Long ones as vLLM has them, so that the curves can be laid over each other.
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SHORT_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
+_WAITS = (0.0001, 0.001, 0.01, 0.1, 1, 5, 15, 60)
 _RELATIVE_SIZES = (0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)
 _ACTIVE_FEATURES = tuple(float(1 << power) for power in range(13))
 _SHARES_OF_MAX = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
@@ -127,6 +128,16 @@ class Metrics:
         )
         self.rpc_seconds = self._histogram(
             "grpc_server_handling_seconds", "From begin to end of an RPC", labels, _SECONDS
+        )
+
+        self.write_wait_seconds = self._histogram(
+            "steer_stream_write_wait_seconds",
+            "From a message of a stream to HTTP/2 having room for it",
+            [],
+            _WAITS,
+        )
+        self.slow_reader_aborts = self._counter(
+            "steer_stream_slow_reader_aborts", "Streams ended because their client did not read"
         )
 
     def _requests(self) -> None:

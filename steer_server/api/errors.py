@@ -25,6 +25,12 @@ _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
     errors.DictionaryMismatch: (_Code.FAILED_PRECONDITION, "DICTIONARY_MISMATCH"),
     errors.CorruptDictionary: (_Code.DATA_LOSS, "CORRUPT_DICTIONARY"),
     errors.Overloaded: (_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    errors.QuotaExceeded: (_Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+    errors.Unauthenticated: (_Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.PermissionDenied: (_Code.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    errors.DuplicateRequest: (_Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
+    errors.DeadlineTooShort: (_Code.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT"),
+    errors.SlowReader: (_Code.ABORTED, "SLOW_READER"),
     errors.EngineUnavailable: (_Code.UNAVAILABLE, "ENGINE_UNAVAILABLE"),
     errors.EditNotApplied: (_Code.INTERNAL, "NOT_APPLIED"),
     errors.UnsupportedVllm: (_Code.FAILED_PRECONDITION, "UNSUPPORTED_VLLM"),
@@ -88,8 +94,15 @@ def _advice(error: errors.SteerError, reason: str) -> list[Message]:
         details.append(resource)
     if isinstance(error, errors.Overloaded | errors.EngineUnavailable):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.seconds = RETRY_SECONDS
+        quota = isinstance(error, errors.QuotaExceeded)
+        seconds = error.retry_seconds if quota else RETRY_SECONDS
+        retry.retry_delay.FromMicroseconds(round(seconds * 1e6))
         details.append(retry)
+    if isinstance(error, errors.QuotaExceeded):
+        exceeded = error_details_pb2.QuotaFailure.Violation(
+            subject=error.subject, description=str(error)
+        )
+        details.append(error_details_pb2.QuotaFailure(violations=[exceeded]))
     if isinstance(error, errors.DictionaryMismatch | errors.UnsupportedModel | errors.WrongState):
         failure = error_details_pb2.PreconditionFailure.Violation(
             type=reason, subject=error.field, description=str(error)

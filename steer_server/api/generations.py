@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 
+from steer_server.api import calls
 from steer_server.api.edits import op_of
 from steer_server.api.presets import Presets
 from steer_server.api.stopping import Stopper
@@ -50,7 +51,8 @@ class Generations:
     def begin(
         self, rpc: str, request_id: str, request: ResolvedRequest, live: bool = False
     ) -> "Run":
-        """The generation, not yet running; `rpc` names it in metrics."""
+        """The generation, not yet running; `rpc` names it in metrics. QuotaExceeded by the caller's tokens."""
+        calls.check_tokens()
         return Run(self.engine, self.metrics, self._hidden, rpc, request_id, request, live)
 
     def begin_all(self, rpc: str, request_id: str, request: ResolvedRequest) -> list["Run"]:
@@ -106,6 +108,7 @@ class Run:
             program,
             live,
             request.forced,
+            calls.trace_headers() or {},
         )
         self._began = time.perf_counter()
 
@@ -202,9 +205,11 @@ class Run:
         metrics, steered = self._metrics, self.steered
         if output.token_ids and not self.generated:
             metrics.tokens.labels("prompt", steered).inc(self.prompt_length)
+            calls.count_tokens(self.prompt_length)
             waited = time.perf_counter() - self._began
             metrics.first_token_seconds.labels(steered).observe(waited)
         metrics.tokens.labels("generated", steered).inc(len(output.token_ids))
+        calls.count_tokens(len(output.token_ids))
         self.cached_tokens = output.cached_tokens
         last = output.first_index + len(output.token_ids) - 1
         begun = (entry.revision for entry in output.applied if entry.first_index <= last)

@@ -15,6 +15,7 @@ from steer.v1 import steering_pb2
 
 from steer_server.admission import MAX_EDITS, MAX_FEATURES, MAX_READ_OUTS, MAX_ROW_BYTES
 from steer_server.api import events
+from steer_server.api.calls import require_observe
 from steer_server.api.edits import check_feature, check_vocabulary
 from steer_server.api.generations import Generations
 from steer_server.api.prompts import read_prompt
@@ -82,6 +83,8 @@ async def answer(
 ) -> steering_pb2.PatchResponse:
     """What SteeringService.Patch returns."""
     engine = generations.engine
+    # Which features differ tells of the texts what activations do.
+    require_observe("dictionary")
     stored = generations.registry.get(request.dictionary, field="dictionary")
     source_ids = read_prompt(request.source, engine, "source")
     target_ids = read_prompt(request.target, engine, "target")

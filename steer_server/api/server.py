@@ -17,11 +17,13 @@ from steer.v1 import (
 )
 
 from steer_server.api.activations import ActivationService
-from steer_server.api.calls import CallInterceptor, Gate
+from steer_server.api.calls import Gate
 from steer_server.api.dictionaries import DictionaryService
 from steer_server.api.generations import Generations
+from steer_server.api.interceptor import CallInterceptor, Policy
 from steer_server.api.sessions import Sessions
 from steer_server.api.steering import SteeringService
+from steer_server.api.tls import TlsFiles, credentials
 from steer_server.errors import InvalidConfig
 from steer_server.metrics import Metrics
 
@@ -30,12 +32,14 @@ SERVICES = (
     activations_pb2.DESCRIPTOR.services_by_name["ActivationService"].full_name,
     dictionaries_pb2.DESCRIPTOR.services_by_name["DictionaryService"].full_name,
 )
-MAX_CALLS = 1024
 _STOP_SECONDS = 5
 
 _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.max_metadata_size", 8 << 10),
+    # Between the two gRPC refuses by chance.
+    ("grpc.absolute_max_metadata_size", 8 << 10),
     # A second server on the port would share its calls in silence.
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 30_000),
@@ -55,16 +59,18 @@ def address(host: str, port: int) -> str:
 class Server:
     """Binds early, so that a taken port is known before a model is loaded; serves when started."""
 
-    def __init__(self, metrics: Metrics, max_calls: int = MAX_CALLS) -> None:
-        self._gate = Gate(max_calls)
+    def __init__(self, metrics: Metrics, policy: Policy = Policy()) -> None:  # noqa: B008 - frozen
+        self._gate = Gate(policy.max_calls)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._gate, metrics)], options=_OPTIONS
+            interceptors=[CallInterceptor(self._gate, policy, metrics)], options=_OPTIONS
         )
 
-    def bind(self, host: str, port: int) -> int:
+    def bind(self, host: str, port: int, tls: TlsFiles | None = None) -> int:
         """The port, which the system chooses for 0."""
         try:
+            if tls:
+                return self._server.add_secure_port(address(host, port), credentials(tls))
             return self._server.add_insecure_port(address(host, port))
         except RuntimeError as error:
             raise InvalidConfig(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from steer.v1 import steering_pb2
 
 from steer_server.api import events
-from steer_server.api.calls import Gate
+from steer_server.api.calls import Gate, require_observe
 from steer_server.api.edits import write_edits
 from steer_server.api.errors import reason_of, status_of
 from steer_server.api.generations import Generations, Run
@@ -226,6 +226,7 @@ class Session:
         served = self._generations.served
         read_outs = turn.read_outs
         if message.HasField("read_outs"):
+            require_observe("update.read_outs")
             where = "update.read_outs.read_outs"
             read_outs = read_read_outs(message.read_outs.read_outs, served.registry, where)
         if message.HasField("at_index") and message.at_index >= turn.max_tokens:

@@ -7,7 +7,7 @@ import grpc
 from steer.v1 import steering_pb2, steering_pb2_grpc
 
 from steer_server.api import compare, events, patching, scores
-from steer_server.api.calls import Gate, request_id
+from steer_server.api.calls import Gate, principal, request_id
 from steer_server.api.generations import Generations
 from steer_server.api.session import Session, SessionLimits
 from steer_server.api.sessions import Sessions
@@ -63,7 +63,7 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         request_iterator: AsyncIterator[steering_pb2.SessionRequest],
         context: _Context,
     ) -> AsyncGenerator[steering_pb2.SessionResponse, None]:
-        with self._sessions.enter(request_id()) as entry:
+        with self._sessions.enter(request_id(), principal().name) as entry:
             session = Session(self._generations, self._gate, entry, self._limits)
             async with aclosing(session.run(request_iterator)) as responses:
                 async for response in responses:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from steer.v1 import activations_pb2, edits_pb2, steering_pb2
 
 from steer_server.admission import check, check_scopes
+from steer_server.api.calls import require_observe
 from steer_server.api.edits import Limits, check_feature, read_edits
 from steer_server.api.presets import Presets
 from steer_server.api.prompts import read_prompt
@@ -81,6 +82,10 @@ def read_generation(
     room = served.engine.max_model_len - len(prompt)
     sampling = _read_sampling(message.sampling, room, f"{path}.sampling")
     n = _read_n(message.sampling, many, f"{path}.sampling.n")
+    if message.read_outs:
+        require_observe(f"{path}.read_outs")
+    if message.stop_when:
+        require_observe(f"{path}.stop_when")
     read_outs = read_read_outs(message.read_outs, served.registry, f"{path}.read_outs")
     computed = sampling.max_tokens
     program = read_program(message, served, len(prompt), path, read_outs, computed=computed)

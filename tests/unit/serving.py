@@ -4,7 +4,7 @@ import functools
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -19,7 +19,9 @@ from steer.v1 import (
 
 from steer_client import CallFailed
 from steer_server.api.generations import Generations
+from steer_server.api.interceptor import Policy
 from steer_server.api.server import Server
+from steer_server.api.tls import TlsFiles
 from steer_server.dictionary.card import Card, Model, Quality
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import Evidence, Example, FeatureStatistics
@@ -100,17 +102,21 @@ class Serving:
 
 @asynccontextmanager
 async def serving(
-    watch: Mapping[str, Sequence[int]] | None = None, max_calls: int = 100, ready: bool = True
+    watch: Mapping[str, Sequence[int]] | None = None,
+    max_calls: int = 100,
+    ready: bool = True,
+    tls: TlsFiles | None = None,
+    policy: Policy = Policy(),  # noqa: B008 - frozen
 ) -> AsyncIterator[Serving]:
-    """The server on a free port, and a channel to it."""
+    """The server on a free port, and a channel to it, which is of no use with TLS."""
     engine = FakeEngine(D_MODEL)
     registry = Registry()
     registry.add(NAME, small_dictionary())
     await engine.add_dictionary(NAME, small_dictionary())
     metrics = Metrics("fake", registry, watch or {})
     metrics.watch_engine(engine)
-    server = Server(metrics, max_calls)
-    target = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
+    server = Server(metrics, replace(policy, max_calls=max_calls))
+    target = f"127.0.0.1:{server.bind('127.0.0.1', 0, tls)}"
     await server.start(Generations(engine, registry, metrics, watch or {}))
     if ready:
         await server.open()

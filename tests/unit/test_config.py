@@ -15,8 +15,16 @@ import pytest
 from steer.v1 import steering_pb2
 
 from steer_client import CallFailed, SteerClient
-from steer_server.__main__ import _until_signal, load_registry, resolve_watch, serve
-from steer_server.config import DictionarySource, ServerConfig, parser, resolve
+from steer_server.__main__ import (
+    _until_signal,
+    check,
+    load_registry,
+    make_token,
+    resolve_watch,
+    serve,
+)
+from steer_server.api.auth import TokenFile
+from steer_server.config import DictionarySource, ServerConfig, resolve
 from steer_server.dictionary.files import save
 from steer_server.dictionary.site import Site
 from steer_server.errors import (
@@ -25,7 +33,9 @@ from steer_server.errors import (
     EditNotApplied,
     EngineUnavailable,
     InvalidConfig,
+    SteerError,
 )
+from steer_server.flags import parser
 from steer_server.registry import Registry
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import D_MODEL, NAME, NEVER_FIRED, serving, small_dictionary
@@ -46,6 +56,9 @@ def test_every_flag_reaches_its_setting():
     config = settings(
         *("--model", "m", "--dictionary", "a=/x", "--dictionary", "/y", "--site", "mlp_out.3"),
         *("--watch", "a:7", "--host", "::", "--port", "0", "--metrics-host", "::1"),
+        *("--tls-cert", "/c", "--tls-key", "/k", "--tls-client-ca", "/a", "--auth-tokens", "/t"),
+        *("--insecure", "--max-sessions", "9", "--max-sessions-per-principal", "3"),
+        *("--slow-reader-seconds", "5", "--log-format", "json"),
         *("--metrics-port", "1", "--max-model-len", "128", "--max-num-seqs", "2"),
         *("--dtype", "float32", "--enforce-eager", "--kv-cache-gib", "3", "--drain-seconds", "0"),
     )
@@ -57,6 +70,15 @@ def test_every_flag_reaches_its_setting():
         watch=(("a", 7),),
         host="::",
         port=0,
+        tls_cert=Path("/c"),
+        tls_key=Path("/k"),
+        tls_client_ca=Path("/a"),
+        auth_tokens=Path("/t"),
+        insecure=True,
+        max_sessions=9,
+        max_sessions_per_principal=3,
+        slow_reader_seconds=5,
+        log_format="json",
         metrics_host="::1",
         metrics_port=1,
         max_model_len=128,
@@ -72,6 +94,7 @@ def test_the_settings_are_written_as_a_file_that_gives_them_again(tmp_path: Path
     config = settings(
         *("--model", 'a "model"', "--dictionary", "a=/x", "--dictionary", "/y"),
         *("--site", "mlp_out.3", "--watch", "a:7", "--enforce-eager", "--kv-cache-gib", "3"),
+        *("--tls-cert", "/c", "--tls-key", "/k"),
     )
     file = tmp_path / "steer.toml"
     file.write_text(config.to_toml())
@@ -121,6 +144,11 @@ def test_a_table_of_dictionaries_names_them(tmp_path: Path):
         (["--dictionary", "=x"], "dictionaries", "NAME=FOLDER"),
         (["--dictionary", "a=x", "--dictionary", "a=y"], "dictionaries", "'a' names two"),
         (["--config", "/nowhere"], "config", "/nowhere"),
+        (["--log-format", "xml"], "log_format", "'xml'.*json"),
+        (["--slow-reader-seconds", "0"], "slow_reader_seconds", r"1\.\."),
+        (["--host", "0.0.0.0"], "host", "0.0.0.0 is reached.*auth_tokens.*tls_cert.*--insecure"),
+        (["--host", "example.org"], "host", "auth_tokens"),
+        (["--host", "0.0.0.0", "--tls-cert", "c", "--tls-key", "k"], "host", "auth_tokens"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_came_and_what_may(arguments, key: str, said: str):
@@ -130,6 +158,23 @@ def test_a_wrong_setting_is_named_with_what_came_and_what_may(arguments, key: st
         settings(*model, *arguments)
 
     assert caught.value.field == key
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--host", "0.0.0.0", "--insecure"],
+        ["--host", "0.0.0.0", "--auth-tokens", "tokens.toml"],
+        ["--host", "::", "--tls-client-ca", "ca.pem"],
+        ["--host", "localhost"],
+        ["--host", "127.9.9.9"],
+        ["--host", "::1"],
+    ],
+)
+def test_other_machines_are_let_in_if_something_says_who_calls_or_if_the_operator_insists(
+    arguments: list[str],
+):
+    assert settings("--model", "m", *arguments).host == arguments[1]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +197,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_checks_its_configuration_and_exits():
-    good = run("--model", "m", "--watch", "a:1", "--check-config")
+    folder = f"a={small_dictionary().folder}"
+    good = run("--model", "m", "--dictionary", folder, "--watch", "a:1", "--check-config")
     bad = run("--model", "m", "--port", "-1")
 
     assert (good.returncode, good.stderr) == (0, "")
@@ -160,6 +206,35 @@ def test_the_command_checks_its_configuration_and_exits():
     assert 'watch = ["a:1"]' in good.stdout
     assert bad.returncode == 1
     assert bad.stderr == "steer-server: port: '-1' is not a whole number in 0..65535\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"model": "./nowhere"}, InvalidConfig, "no config.json"),
+        ({"tls_cert": Path("c")}, InvalidConfig, "required with tls_cert"),
+        ({"auth_tokens": Path("/nowhere")}, InvalidConfig, "/nowhere cannot be read"),
+        ({"watch": (("other", 1),)}, InvalidConfig, "other"),
+        ({"dictionaries": (DictionarySource(Path("/nowhere")),)}, SteerError, "/nowhere"),
+    ],
+)
+def test_what_is_wrong_is_found_without_an_engine(wrong: dict, error: type, said: str):
+    good = ServerConfig("m", (DictionarySource(small_dictionary().folder),), watch=((NAME, 3),))
+    check(good)
+
+    with pytest.raises(error, match=said):
+        check(replace(good, **wrong))
+
+
+def test_the_command_makes_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    make_token(["alice", "--scope", "infer"])
+    made = capsys.readouterr()
+    file = tmp_path / "tokens.toml"
+    file.write_text(made.out)
+
+    assert TokenFile(file).find(made.err.split()[-1]).name == "alice"
+    with pytest.raises(SystemExit, match="'a b' is not a name"):
+        make_token(["a b", "--scope", "infer"])
 
 
 def test_the_command_refuses_a_folder_that_is_no_dictionary(tmp_path: Path):

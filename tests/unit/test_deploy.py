@@ -1,5 +1,7 @@
 """deploy/ as far as it can be checked without Docker, Grafana or a Prometheus."""
 
+import asyncio
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from steer_server.api.tls import TlsFiles
 from steer_server.config import resolve
 from steer_server.metrics import Metrics
 from tests.prometheus import promql
+from tests.unit.certificates import Authority
+from tests.unit.serving import serving
 
 REPO = Path(__file__).parents[2]
 DEPLOY = REPO / "deploy"
@@ -85,12 +90,32 @@ def test_compose_publishes_the_servers_ports_on_loopback_only_and_prometheus_scr
 
     published = [port for service in COMPOSE["services"].values() for port in service["ports"]]
     assert all(port.startswith("127.0.0.1:") for port in published)
+    assert config.insecure, "nobody outside this machine reaches the ports"
     for port in (config.port, config.metrics_port):
         assert f"127.0.0.1:{port}:{port}" in COMPOSE["services"]["server"]["ports"]
     assert f"EXPOSE {config.port} {config.metrics_port}" in DOCKERFILE
     (job,) = scrape["scrape_configs"]
     assert job["static_configs"] == [{"targets": [f"server:{config.metrics_port}"]}]
     assert job["sample_limit"] > 0
+
+
+@pytest.mark.parametrize("client_ca", [False, True])
+async def test_the_health_check_speaks_tls_with_a_certificate_for_another_name(
+    tmp_path: Path, client_ca: bool
+) -> None:
+    authority = Authority(tmp_path)
+    server, client = authority.issue("server", "steer.example"), authority.issue("client")
+    environ = {"STEER_HEALTH_CA": str(authority.cert), "STEER_HEALTH_NAME": "steer.example"}
+    if client_ca:
+        environ |= {"STEER_HEALTH_CERT": str(client.cert), "STEER_HEALTH_KEY": str(client.key)}
+    files = TlsFiles(server.cert, server.key, authority.cert if client_ca else None)
+
+    async with serving(tls=files) as service:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(DEPLOY / "healthcheck.py"), service.target),
+            env={**os.environ, **environ},
+        )
+        assert await process.wait() == 0
 
 
 def test_what_compose_mounts_from_deploy_is_there() -> None:
