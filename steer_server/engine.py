@@ -324,7 +324,8 @@ def _step(output: Any, index: int, account: Account | None) -> StepOutput:
         reason = FinishReason(completion.finish_reason)
         reports = account.close() if account and reason is not FinishReason.ABORT else ()
         prompt_tokens = len(output.prompt_token_ids)
-        finish = Finish(reason, prompt_tokens, index + len(token_ids), cached, reports)
+        limited = account.limited_tokens if account else 0
+        finish = Finish(reason, prompt_tokens, index + len(token_ids), cached, reports, limited)
     return StepOutput(
         index,
         token_ids,

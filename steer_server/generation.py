@@ -79,7 +79,8 @@ class EditReport:
     tokens_changed: int
     """Rows on which it changed the feature's activation."""
     mean_relative_size: float
-    """|delta| / |x| of this edit alone, mean over the rows in scope."""
+    """|delta| / |x| of this edit alone, mean over the rows in scope; what was added to x, so where the program's
+    limit scaled the sum of the edits down, this edit's share of it is scaled, too."""
     max_relative_size: float
 
 
@@ -99,6 +100,9 @@ class Finish:
     cached_tokens: int
     """Prompt tokens taken from the prefix cache instead of being computed."""
     reports: tuple[EditReport, ...]
+    limited_tokens: int = 0
+    """Tokens that the edits would have moved past `Program.max_relative_size`, summed over sites and revisions: all were
+    scaled down to it (clamp) or moved all the same (warn). Tokens from the prefix cache are not counted anew."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from steer_server.errors import InvalidRequest
 
 ENTRY_BYTES = 8
 """A feature index and its activation, four bytes each."""
+MAX_RELATIVE_SIZE = 1e4
+"""Largest |delta| / |x| of any token. Past some 1e13 the squares in the next norm overflow, and a NaN in a KV block
+would outlive its request: vLLM does not clear blocks that it hands on."""
 
 
 @dataclass(frozen=True)
@@ -209,12 +213,28 @@ class ReadOut:
         return len(self.features) or self.top_k or self.row_bytes // ENTRY_BYTES
 
 
+class Oversize(StrEnum):
+    """What becomes of a token that a program's edits would move past its limit."""
+
+    REJECT = "reject"
+    """The generation ends with EditTooLarge."""
+    CLAMP = "clamp"
+    """The sum of the edits' deltas is scaled down to the limit."""
+    WARN = "warn"
+    """It is moved all the same, and counted."""
+
+
 @dataclass(frozen=True)
 class Program:
     """All edits and read-outs of one request, resolved and checked."""
 
     edits: tuple[FeatureEdit, ...] = ()
     read_outs: tuple[ReadOut, ...] = ()
+    max_relative_size: float | None = None
+    """Limit of |delta| / |x| at each token and site, delta being the sum over the edits there; above 0 and below
+    `MAX_RELATIVE_SIZE`, which holds without it, too."""
+    oversize: Oversize = Oversize.REJECT
+    """What happens past `max_relative_size`."""
 
     @cached_property
     def groups(self) -> dict[Where, list[int]]:
@@ -270,6 +290,9 @@ class Program:
         )
         phases = any(where.scope.reads_phase for where in self.groups)
         content = [canonical, prompt_length if phases else None, nonce]
+        # Blocks made without the limit say nothing of whether it was kept.
+        if self.max_relative_size is not None and self.oversize is not Oversize.WARN:
+            content += [self.max_relative_size, self.oversize]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
