@@ -176,12 +176,26 @@ class Engine(Protocol):
         """
         ...
 
-    async def update(self, request_id: str, program: Program) -> int:
+    async def update(self, request_id: str, program: Program, at_index: int | None = None) -> int:
         """Replaces the program of a live generation and returns the new revision, counted from 1.
 
+        It holds from the next step on, or from the generated token `at_index` on, the first one drawn under it, if that
+        has not been drawn yet. An update that takes hold while an earlier one still waits for its index replaces it.
         The change is acknowledged by `StepOutput.applied`, or not at all if the generation ends first; InvalidRequest if
         it is not live or has ended.
         """
+        ...
+
+    async def pause(self, request_id: str) -> None:
+        """Stops computing tokens of a live generation until `resume`; those of steps under way still come.
+
+        It gives its KV blocks back and keeps its feature slots; updates wait for it. What follows is the same as without
+        the pause. Pausing twice is pausing once; InvalidRequest if it is not live or has ended.
+        """
+        ...
+
+    async def resume(self, request_id: str) -> None:
+        """Lets a paused generation go on, and another one be; InvalidRequest as for `pause`."""
         ...
 
     async def shutdown(self) -> None: ...
