@@ -24,13 +24,8 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from steer_server.vllm_plugin.edit_kernel import (
-    MAX_RELATIVE_SIZE,
-    Bank,
-    Lines,
-    Outcome,
-    edit_rows,
-)
+from steer_server.program import MAX_RELATIVE_SIZE
+from steer_server.vllm_plugin.edit_kernel import Bank, Lines, Outcome, edit_rows
 from steer_server.vllm_plugin.encode_kernel import Precision, encode_topk
 
 D_MODEL, SLOTS, LINES = 4096, 256, 65
@@ -118,10 +113,13 @@ def edit_tables(n_rows: int, entries: int) -> tuple[Bank, Lines, Tensor, Tensor,
         infinite,
         whole(SLOTS, LINES, width),
         -infinite,
+        infinite[:, 0].contiguous(),
+        torch.full((LINES,), MAX_RELATIVE_SIZE, device=DEVICE),
     )
     row_line = whole(LINES - 1, n_rows) + 1 if entries else whole(1, n_rows)
     out = Outcome(
         real(n_rows, width),
+        real(n_rows),
         real(n_rows),
         whole(2, n_rows),
         real(n_rows, D_MODEL),

@@ -15,7 +15,7 @@ from steer_server.errors import (
     Overloaded,
     UnknownFeature,
 )
-from steer_server.program import Program, ReadOut
+from steer_server.program import MAX_RELATIVE_SIZE, Oversize, Program, ReadOut
 from steer_server.program_json import from_json, to_json
 
 MAX_EDITS = 1024
@@ -47,6 +47,7 @@ def check(program: Program, dictionaries: Dictionaries) -> None:
     if len(program.read_outs) > MAX_READ_OUTS:
         count = len(program.read_outs)
         raise InvalidRequest(f"{count} read-outs; at most {MAX_READ_OUTS}", field="read_outs")
+    _limit(program)
     seen: dict[tuple[str, int], int] = {}
     for index, entry in enumerate(program.edits):
         path = f"edits[{index}]"
@@ -140,6 +141,18 @@ def _feature(feature: int, stored: StoredDictionary, path: str) -> None:
     if not 0 <= feature < stored.card.n_features:
         raise UnknownFeature(
             f"feature {feature} is not in 0..{stored.card.n_features - 1}", field=path
+        )
+
+
+def _limit(program: Program) -> None:
+    limit = program.max_relative_size
+    if limit is None and program.oversize is not Oversize.REJECT:
+        raise InvalidRequest(
+            f"{program.oversize} asks for a limit; set max_relative_size", field="oversize"
+        )
+    if limit is not None and not 0 < limit < MAX_RELATIVE_SIZE:
+        raise InvalidRequest(
+            f"{limit:g} is not above 0 and below {MAX_RELATIVE_SIZE:g}", field="max_relative_size"
         )
 
 

@@ -1,11 +1,11 @@
-"""vLLM with programs: generate, update, abort. The only module beside `vllm_plugin` that imports vLLM."""
+"""vLLM with programs: generate, update, pause, abort. The only module beside `vllm_plugin` that imports vLLM."""
 
 import asyncio
 import math
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -18,6 +18,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -99,8 +100,8 @@ class VllmEngine:
         self._accounts: dict[str, Account] = {}
         """Of the running generations with a program."""
         self._live: dict[str, asyncio.Event] = {}
-        """Generations that may be updated; the event says that vLLM has taken the request in."""
-        self._update_lock = asyncio.Lock()
+        """Generations that may be updated or paused; the event says that vLLM has taken the request in."""
+        self._control_lock = asyncio.Lock()
         attach(llm.output_processor, self._frontend)
 
     @classmethod
@@ -205,25 +206,41 @@ class VllmEngine:
             if name in self._live:
                 self._live.pop(name).set()
 
-    def reports(self, request_id: str) -> tuple[EditReport, ...]:
+    def so_far(self, request_id: str) -> tuple[tuple[EditReport, ...], int]:
         account = self._accounts.get(request_id)
-        return account.close() if account else ()
+        return (account.close(), account.limited_tokens) if account else ((), 0)
 
-    async def update(self, request_id: str, program: Program) -> int:
+    async def update(self, request_id: str, program: Program, at_index: int | None = None) -> int:
+        async with self._control(request_id):
+            revision, message = self._frontend.update(request_id, program, at_index)
+            await self._send(message)
+        return revision
+
+    async def pause(self, request_id: str) -> None:
+        async with self._control(request_id):
+            await self._send(self._frontend.pause(request_id, True))
+
+    async def resume(self, request_id: str) -> None:
+        async with self._control(request_id):
+            await self._send(self._frontend.pause(request_id, False))
+
+    @asynccontextmanager
+    async def _control(self, request_id: str) -> AsyncIterator[None]:
+        """Within it the generation is live, and vLLM has it. Messages reach the scheduler in the order they are made."""
         if request_id in self._live:
             await self._live[request_id].wait()
-        # Revisions reach the scheduler in the order in which they are counted.
-        async with self._update_lock:
+        async with self._control_lock:
             if request_id not in self._live:
                 raise InvalidRequest(
-                    f"generation {request_id!r} is not live or has ended; its edits cannot change"
+                    f"generation {request_id!r} is not live or has ended; it cannot be changed or paused"
                 )
-            revision, message = self._frontend.update(request_id, program)
-            try:
-                await self._llm.engine_core.add_request_async(message)
-            except EngineDeadError as error:
-                raise EngineUnavailable(_DEAD) from error
-        return revision
+            yield
+
+    async def _send(self, message: EngineCoreRequest) -> None:
+        try:
+            await self._llm.engine_core.add_request_async(message)
+        except EngineDeadError as error:
+            raise EngineUnavailable(_DEAD) from error
 
     async def op_calls(self) -> list[int]:
         """How often the model has called the op since it was loaded, by site."""
@@ -367,7 +384,8 @@ def _step(output: Any, index: int, forced: int, account: Account | None) -> Step
         prompt_tokens = len(output.prompt_token_ids) - forced
         generated = index + len(token_ids)
         cached = output.num_cached_tokens or 0
-        finish = Finish(reason, prompt_tokens, generated, cached, reports)
+        limited = account.limited_tokens if account else 0
+        finish = Finish(reason, prompt_tokens, generated, cached, reports, limited)
     return StepOutput(
         index,
         token_ids,

@@ -87,7 +87,8 @@ class EditReport:
     tokens_changed: int
     """Rows on which it changed the feature's activation."""
     mean_relative_size: float
-    """|delta| / |x| of this edit alone, mean over the rows in scope."""
+    """|delta| / |x| of this edit alone, mean over the rows in scope; what was added to x, so where the program's
+    limit scaled the sum of the edits down, this edit's share of it is scaled, too."""
     max_relative_size: float
 
 
@@ -109,6 +110,9 @@ class Finish:
     cached_tokens: int
     """Prompt tokens taken from the prefix cache instead of being computed."""
     reports: tuple[EditReport, ...]
+    limited_tokens: int = 0
+    """Tokens that the edits would have moved past `Program.max_relative_size`, summed over sites and revisions: all were
+    scaled down to it (clamp) or moved all the same (warn). Tokens from the prefix cache are not counted anew."""
     stopped_by: int | None = None
     """Which of the features it was to stop at, with FinishReason.FEATURE."""
 
@@ -201,8 +205,8 @@ class Engine(Protocol):
         """Makes the dictionary resident; DictionaryMismatch if model or sites do not fit."""
         ...
 
-    def reports(self, request_id: str) -> tuple[EditReport, ...]:
-        """Proof of what the edits of a running generation did as far as its outputs have come; as in `Finish`."""
+    def so_far(self, request_id: str) -> tuple[tuple[EditReport, ...], int]:
+        """`reports` and `limited_tokens` that a running generation's `Finish` would have if its outputs ended here."""
         ...
 
     def generate(self, generation: Generation) -> AsyncIterator[StepOutput]:
@@ -215,12 +219,23 @@ class Engine(Protocol):
     async def update(self, request_id: str, program: Program, at_index: int | None = None) -> int:
         """Replaces the program of a live generation and returns the new revision, counted from 1.
 
+        It holds from the next step on, or from the generated token `at_index` on, the first one drawn under it, if that
+        has not been drawn yet. An update that takes hold while an earlier one still waits for its index replaces it.
         The change is acknowledged by `StepOutput.applied`, or not at all if the generation ends first; InvalidRequest if
         it is not live or has ended.
         """
         ...
 
-    async def pause(self, request_id: str) -> None: ...
-    async def resume(self, request_id: str) -> None: ...
+    async def pause(self, request_id: str) -> None:
+        """Stops computing tokens of a live generation until `resume`; those of steps under way still come.
+
+        It gives its KV blocks back and keeps its feature slots; updates wait for it. What follows is the same as without
+        the pause. Pausing twice is pausing once; InvalidRequest if it is not live or has ended.
+        """
+        ...
+
+    async def resume(self, request_id: str) -> None:
+        """Lets a paused generation go on, and another one be; InvalidRequest as for `pause`."""
+        ...
 
     async def shutdown(self) -> None: ...

@@ -2,13 +2,13 @@
 
     {"edits": [{"dictionary": "d", "feature": 3, "clamp": {"value": 2.0, "unit": "max_activation_multiple"},
                 "scope": {"generated": false, "windows": [[1, -4]]}, "when": {"dictionary": "d", "feature": 9}}],
-     "read_outs": [{"dictionary": "d", "top_k": 8}]}
+     "read_outs": [{"dictionary": "d", "top_k": 8}], "max_relative_size": 0.5, "oversize": "clamp"}
 
 A missing value is the default of `Program`'s classes; an unknown one is an error.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from steer_server.dictionary.edits import (
@@ -23,7 +23,7 @@ from steer_server.dictionary.edits import (
 )
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import DictionaryNotFound, InvalidRequest
-from steer_server.program import Condition, FeatureEdit, Program, ReadOut, Scope
+from steer_server.program import Condition, FeatureEdit, Oversize, Program, ReadOut, Scope
 from steer_server.units import Unit, finite, in_activations
 
 KINDS = ("ablate", "clamp", "scale", "add", "limit", "patch")
@@ -32,9 +32,11 @@ Dictionaries = Mapping[str, StoredDictionary]
 
 def to_json(program: Program) -> dict[str, Any]:
     """`program` in plain values; whatever has its default is left out."""
+    limit = replace(program, edits=(), read_outs=())
     return {
         "edits": [_edit_to_json(entry) for entry in program.edits],
         "read_outs": [_plain(entry) for entry in program.read_outs],
+        **_plain(limit),
     }
 
 
@@ -43,7 +45,11 @@ def from_json(content: Any, dictionaries: Dictionaries | None = None) -> Program
 
     `dictionaries` give units their meaning; without them there are activations and shares of the norm only.
     """
-    table = _object(content, "", {"edits", "read_outs"})
+    table = _object(content, "", {item.name for item in fields(Program)})
+    limit = table.get("max_relative_size")
+    oversize = table.get("oversize", Oversize.REJECT)
+    if oversize not in list(Oversize):
+        raise InvalidRequest(f"{oversize!r} is not one of {', '.join(Oversize)}", field="oversize")
     return Program(
         tuple(
             _edit(entry, f"edits[{index}]", dictionaries)
@@ -53,6 +59,8 @@ def from_json(content: Any, dictionaries: Dictionaries | None = None) -> Program
             _read_out(entry, f"read_outs[{index}]")
             for index, entry in enumerate(_list(table.get("read_outs", []), "read_outs"))
         ),
+        None if limit is None else _number(limit, "max_relative_size"),
+        Oversize(oversize),
     )
 
 

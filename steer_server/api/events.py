@@ -126,8 +126,15 @@ def finished(finish: Finish, sequence: int = 0) -> steering_pb2.Finished:
         ),
         edit_reports=edit_reports(finish.reports),
         sequence=sequence,
+        warnings=_warnings(finish),
         stopped_by=finish.stopped_by,
     )
+
+
+def _warnings(finish: Finish) -> list[str]:
+    if not finish.limited_tokens:
+        return []
+    return [f"the edits were past their size limit on {finish.limited_tokens} tokens"]
 
 
 def edit_reports(reports: Sequence[EditReport]) -> list[edits_pb2.EditReport]:

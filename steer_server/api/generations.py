@@ -191,14 +191,18 @@ class Run:
 
     def _stopped(self, output: StepOutput, stopped_by: int) -> Finish:
         """The end that the API makes of a generation which the engine would go on with."""
-        reports = output.finish.reports if output.finish else self._engine.reports(self.request_id)
+        if output.finish:
+            reports, limited = output.finish.reports, output.finish.limited_tokens
+        else:
+            reports, limited = self._engine.so_far(self.request_id)
         return Finish(
             FinishReason.FEATURE,
             self.prompt_length,
             self.generated,
             self.cached_tokens,
             reports,
-            stopped_by=stopped_by,
+            limited,
+            stopped_by,
         )
 
     def _observe(self, output: StepOutput) -> None:

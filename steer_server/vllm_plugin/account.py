@@ -11,7 +11,6 @@ from steer_server.errors import EditNotApplied, EditTooLarge
 from steer_server.generation import EditReport, RevisionApplied
 from steer_server.program import Program
 from steer_server.vllm_plugin.report import EditTally, StepResult
-from steer_server.vllm_plugin.site_edits import MAX_RELATIVE_SIZE
 
 _TALLIES_AT_ONCE = 512
 
@@ -67,6 +66,8 @@ class Account:
     """By revision: the first position it held at, as the worker reported; None until then."""
     token_ids: list[int] = field(default_factory=list)
     """Generated so far, or forced."""
+    limited_tokens: int = 0
+    """Past their program's limit so far, summed over sites."""
     inbox: list[StepResult] = field(default_factory=list)
     wants_distribution: bool = False
     distribution: Any = None
@@ -92,10 +93,8 @@ class Account:
             if result.error:
                 raise EditNotApplied(result.error)
             if result.too_large:
-                raise EditTooLarge(
-                    f"the edits would have moved x by more than {MAX_RELATIVE_SIZE:g} times its length, or "
-                    "past the largest number of the model's dtype; use smaller strengths"
-                )
+                raise EditTooLarge(result.too_large)
+            self.limited_tokens += result.limited
             self._skipped += result.skipped
             for revision, position in result.applied:
                 self.starts[revision] = position

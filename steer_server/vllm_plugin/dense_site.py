@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from steer_server.dictionary.edits import Coefficients, activation_change
+from steer_server.program import MAX_RELATIVE_SIZE
 from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.residents import Residents
-from steer_server.vllm_plugin.site_edits import MAX_RELATIVE_SIZE, Outcome, SiteEdits, SitePass
+from steer_server.vllm_plugin.site_edits import Outcome, SiteEdits, SitePass
 
 
 class DenseSite:
@@ -86,6 +87,9 @@ class _Plan:
             self._when = torch.from_numpy(place).to(device)
             above = lines.when_above[edits.line_of_row]
             self._above = torch.from_numpy(above).to(device)
+        self._bounds: Tensor | None = None
+        if lines.bounds is not None:
+            self._bounds = torch.from_numpy(lines.bounds[:, edits.line_of_row, None]).to(device)
         self._chosen = _chosen_by_rank(slots, bank, residents)
 
     def apply(self, x: Tensor, hidden: Tensor) -> Outcome:
@@ -106,7 +110,13 @@ class _Plan:
             spread = torch.zeros_like(f).scatter_add_(1, self._column, change)
         delta = spread @ self._features.decoder
         size = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
-        applied = size <= MAX_RELATIVE_SIZE * x_norm
+        if self._bounds is None:
+            whole, applied = None, size <= MAX_RELATIVE_SIZE * x_norm
+        else:
+            _, most, refused = self._bounds
+            whole = size
+            scale = torch.where(size > most * x_norm, most * x_norm / size, 1.0)
+            delta, applied = delta * scale, size * scale <= refused * x_norm
         if hidden.dtype == torch.float32:
             self._add(hidden, torch.where(applied, delta, 0.0))
         else:
@@ -115,7 +125,7 @@ class _Plan:
             edited = (mine.float() + delta).to(hidden.dtype)
             applied &= edited.isfinite().all(dim=-1, keepdim=True)
             hidden[self._rows] = torch.where(applied, edited, mine)
-        return Outcome(change, x_norm, self._norms, applied)
+        return Outcome(change, x_norm, self._norms, applied, whole)
 
     def _add(self, hidden: Tensor, delta: Tensor) -> None:
         if isinstance(self._rows, slice):

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from steer_server.errors import UnsupportedVllm
-from steer_server.vllm_plugin.site_edits import MAX_RELATIVE_SIZE
 
 READ_BEFORE, READ_AFTER = 1, 2
 """Bits of `row_read`."""
@@ -54,6 +53,10 @@ class Lines(NamedTuple):
     """[lines, entries] int32: the feature whose activation must exceed `when_above`."""
     when_above: Tensor
     """[lines, entries]; -inf: always."""
+    most: Tensor
+    """[lines]: the delta is scaled down to so many lengths of x."""
+    refused: Tensor
+    """[lines]: past so many the row is left as it was."""
 
 
 class Outcome(NamedTuple):
@@ -63,6 +66,8 @@ class Outcome(NamedTuple):
     """[max_rows, entries]: f' - f; past the line's entries, left as it was."""
     x_norm: Tensor
     """[max_rows]: |x|."""
+    size: Tensor
+    """[max_rows]: |delta| before it was scaled down."""
     applied: Tensor
     """[max_rows] int32: 0 for rows left as they were because the delta was too large."""
     x_before: Tensor
@@ -107,7 +112,6 @@ def edit_rows(
         *out,
         hidden.stride(0),
         residual.stride(0) if residual is not None else 0,
-        MAX_RELATIVE_SIZE,
         D=d_model,
         ENTRIES=lines.slot.shape[1],
         HAS_RESIDUAL=residual is not None,
@@ -137,16 +141,18 @@ def _edit_row(
     line_high,
     line_when_slot,
     line_when_above,
+    line_most,
+    line_refused,
     row_line,
     row_read,
     out_change,
     out_x_norm,
+    out_size,
     out_applied,
     out_before,
     out_after,
     hidden_stride,
     residual_stride,
-    max_relative_size,
     D: tl.constexpr,
     ENTRIES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -206,11 +212,19 @@ def _edit_row(
             )
             delta += tl.sum(tl.where(moves, change, 0.0)[:, None] * rows, axis=0)
         size = tl.sqrt_rn(tl.sum(delta * delta, axis=0))
+        tl.store(out_size + row, size)
+        most = tl.load(line_most + line) * x_norm
+        # Infinitely many lengths of an x of length 0 are NaN, which nothing exceeds.
+        if size > most:
+            scale = tl.div_rn(most, size)
+            delta *= scale
+            size *= scale
         exact = h + delta
         rounded = _rounded(exact, hidden.dtype.element_ty)
         after = rounded.to(tl.float32)
         finite = (tl.abs(exact) < float("inf")) & (tl.abs(after) < float("inf"))
-        applied = (size <= max_relative_size * x_norm) & (tl.min(finite.to(tl.int32), axis=0) == 1)
+        held = size <= tl.load(line_refused + line) * x_norm
+        applied = held & (tl.min(finite.to(tl.int32), axis=0) == 1)
         tl.store(out_x_norm + row, x_norm)
         tl.store(out_applied + row, applied.to(tl.int32))
         # Adding zeros would turn -0 into 0: a line that changes nothing writes nothing.

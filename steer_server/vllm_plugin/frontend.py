@@ -98,17 +98,18 @@ class Frontend:
         self._names[name, index] = request.request_id
         self._admitted(name, account)
 
-    def update(self, name: str, program: Program) -> tuple[int, EngineCoreRequest]:
-        """The revision that `program` will be, and the message to send to the engine.
+    def update(
+        self, name: str, program: Program, at_index: int | None = None
+    ) -> tuple[int, EngineCoreRequest]:
+        """The revision that `program` will be, from generated token `at_index` on, and the message to send to the engine.
 
         InvalidRequest if there is no such request, or not that program; Overloaded after too many, or too many features.
         """
-        vllm_id = self._names.get((name, 0), "")
-        account = self.accounts.get(vllm_id)
-        if account is None:
+        if at_index is not None and at_index < 0:
             raise InvalidRequest(
-                f"generation {name!r} is not live or has ended; its edits cannot change"
+                f"{at_index} is no index of a generated token; they count from 0", field="at_index"
             )
+        vllm_id, account = self._live(name, "its edits cannot change")
         if len(account.programs) > MAX_REVISIONS:
             raise Overloaded(
                 f"a generation takes at most {MAX_REVISIONS} updates; go on in a new one"
@@ -118,7 +119,22 @@ class Frontend:
         content = wire(program, self.dictionaries, self.sites, self.slots)
         programs = [*account.programs, program]
         check_revisions(programs, self.dictionaries, self.sites, self.slots)
-        return account.add_revision(program), _message(content | {"update": vllm_id})
+        # Token 0 is drawn from the row of the prompt's last token.
+        first = 0 if at_index is None else account.prompt_length - 1 + at_index
+        message = _message(content | {"update": vllm_id, "first": first})
+        return account.add_revision(program), message
+
+    def pause(self, name: str, paused: bool) -> EngineCoreRequest:
+        """The message that pauses a request or lets it go on. InvalidRequest if there is none."""
+        vllm_id, _ = self._live(name, "it can neither pause nor go on")
+        return _message({"pause": vllm_id, "paused": paused})
+
+    def _live(self, name: str, so: str) -> tuple[str, Account]:
+        vllm_id = self._names.get((name, 0), "")
+        account = self.accounts.get(vllm_id)
+        if account is None:
+            raise InvalidRequest(f"generation {name!r} is not live or has ended; {so}")
+        return vllm_id, account
 
     def receive(self, outputs: Sequence[Any]) -> None:
         """Takes the reports out of vLLM's outputs and enters them into the accounts."""
@@ -194,7 +210,7 @@ def attach(processor: Any, frontend: Frontend) -> None:
 
 
 def _message(content: dict[str, Any]) -> EngineCoreRequest:
-    """An update dressed as a request: the one message that every vLLM client passes to the scheduler in order."""
+    """An update or a pause dressed as a request: the one message that every vLLM client passes to the scheduler in order."""
     return EngineCoreRequest(
         request_id=f"steer-update-{uuid.uuid4().hex}",
         prompt_token_ids=[0],

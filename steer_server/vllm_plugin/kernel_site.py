@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer_server.admission import MAX_EDITS
+from steer_server.program import MAX_RELATIVE_SIZE
 from steer_server.vllm_plugin import edit_kernel
 from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.edit_kernel import READ_AFTER, READ_BEFORE, edit_rows
@@ -29,11 +30,16 @@ class KernelSite:
         self._lines = edit_kernel.Lines(
             torch.zeros(max_rows + 1, dtype=whole, device=device),
             *(torch.zeros(shape, dtype=kind, device=device) for kind in kinds),
+            most=torch.full((max_rows + 1,), torch.inf, device=device),
+            refused=torch.full((max_rows + 1,), MAX_RELATIVE_SIZE, device=device),
         )
+        self._limited = False
+        """Whether some line has a limit."""
         self._row_line = torch.zeros(max_rows, dtype=whole, device=device)
         self._row_read = torch.zeros(max_rows, dtype=whole, device=device)
         self._out = edit_kernel.Outcome(
             torch.zeros(max_rows, MAX_EDITS, device=device),
+            torch.zeros(max_rows, device=device),
             torch.zeros(max_rows, device=device),
             torch.zeros(max_rows, dtype=whole, device=device),
             torch.zeros(max_rows, d_model, device=device),
@@ -89,6 +95,7 @@ class KernelSite:
                 out.x_norm[rows, None].clone(),
                 self._bank.decoder_norm[self._slot],
                 out.applied[rows, None] != 0,
+                out.size[rows, None].clone() if self._limited else None,
             )
         if self._before:
             found.before = out.x_before[:n_rows].clone()
@@ -100,9 +107,16 @@ class KernelSite:
         lines = edits.lines
         n, width = lines.slot.shape
         columns = (lines.slot, *lines.numbers, lines.when_slot, lines.when_above)
-        for mine, theirs in zip(self._lines[1:], columns, strict=True):
+        for mine, theirs in zip(self._lines[1:-2], columns, strict=True):
             _write(mine[1 : n + 1, :width], theirs)
         _write(self._lines.counts[1 : n + 1], lines.length)
+        if lines.bounds is not None:
+            for mine, theirs in zip(self._lines[-2:], lines.bounds[1:], strict=True):
+                _write(mine[1 : n + 1], theirs)
+        elif self._limited:
+            self._lines.most.fill_(torch.inf)
+            self._lines.refused.fill_(MAX_RELATIVE_SIZE)
+        self._limited = lines.bounds is not None
         slot = torch.from_numpy(lines.slot[edits.line_of_row].astype(np.int64))
         self._slot = slot.to(self._row_line.device)
 

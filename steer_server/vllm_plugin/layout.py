@@ -16,7 +16,7 @@ from steer_server.vllm_plugin.bank import Slots
 from steer_server.vllm_plugin.readout import Reading, Want, readings
 from steer_server.vllm_plugin.requests import FOREVER, RequestState, Segment, Tokens
 from steer_server.vllm_plugin.residents import Resident, Residents
-from steer_server.vllm_plugin.site_edits import Entries, Run, SiteEdits
+from steer_server.vllm_plugin.site_edits import Bounds, Entries, Run, SiteEdits
 
 TokensOf = Callable[[int], Tokens]
 """The tokens of the request at an index of the batch."""
@@ -153,6 +153,7 @@ def _of_site(program: Program, indices: Sequence[int], position: int, slots: Slo
         np.array([coefficients(entry.edit, position) for entry in edits], np.float32).T,
         np.array(when, np.int32),
         np.array(above, np.float32),
+        Bounds.of(program),
     )
 
 
@@ -160,11 +161,12 @@ def _wants(
     request: int, state: RequestState, start: int, end: int, shift: int, residents: Residents
 ) -> list[tuple[Resident, Want]]:
     found = []
-    for number, spec in enumerate(state.programs[-1].read_outs):
-        first = start if spec.prompt else max(start, state.prompt_length)
-        last = end if spec.generated else min(end, state.prompt_length)
-        resident = residents.get(spec.dictionary)
-        if first < last and resident is not None:
-            want = Want(request, number, spec, first + shift, last + shift)
-            found.append((resident, want))
+    for revision, begin, stop in state.revisions(start, end):
+        for number, spec in enumerate(state.programs[revision].read_outs):
+            first = begin if spec.prompt else max(begin, state.prompt_length)
+            last = stop if spec.generated else min(stop, state.prompt_length)
+            resident = residents.get(spec.dictionary)
+            if first < last and resident is not None:
+                want = Want(request, number, spec, first + shift, last + shift)
+                found.append((resident, want))
     return found

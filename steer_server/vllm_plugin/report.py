@@ -47,8 +47,10 @@ class StepResult:
     encode_seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""
     """Why an edit or read-out did not run; empty if all did."""
-    too_large: bool = False
-    """An edit would have moved x beyond what the model can compute with; it was left out."""
+    too_large: str = ""
+    """Why edits were left out: they would have moved x too far."""
+    limited: int = 0
+    """Tokens past the program's limit, summed over sites."""
 
 
 class EditBlock(NamedTuple):
@@ -92,7 +94,10 @@ class StepReport:
     """(request, start, stop)."""
     errors: list[tuple[int, str]] = field(default_factory=list)
     """(request, why an edit or read-out of it did not run)."""
-    too_large: list[int] = field(default_factory=list)
+    too_large: list[tuple[int, str]] = field(default_factory=list)
+    """(request, why edits of it were left out)."""
+    limited: list[tuple[int, int]] = field(default_factory=list)
+    """(request, tokens past its program's limit), site by site."""
     edits: list[EditBlock] = field(default_factory=list)
     rows: list[RowBlock] = field(default_factory=list)
 
@@ -103,6 +108,7 @@ class StepReport:
             self.skipped,
             self.errors,
             self.too_large,
+            self.limited,
             [[array.tobytes() for array in block] for block in self.edits],
             [
                 [
@@ -118,13 +124,14 @@ class StepReport:
 
     @classmethod
     def from_wire(cls, content: list[Any]) -> "StepReport":
-        requests, applied, skipped, errors, too_large, edits, rows = content
+        requests, applied, skipped, errors, too_large, limited, edits, rows = content
         return cls(
             requests,
             [tuple(entry) for entry in applied],
             [tuple(entry) for entry in skipped],
             [tuple(entry) for entry in errors],
-            too_large,
+            [tuple(entry) for entry in too_large],
+            [tuple(entry) for entry in limited],
             [_edit_block(block) for block in edits],
             [_row_block(*block) for block in rows],
         )
@@ -138,8 +145,10 @@ class StepReport:
             found[request].skipped.append((start, stop))
         for request, error in self.errors:
             found[request].error = error
-        for request in self.too_large:
-            found[request].too_large = True
+        for request, why in self.too_large:
+            found[request].too_large = why
+        for request, tokens in self.limited:
+            found[request].limited += tokens
         for block in self.edits:
             for request, tally in _tallies(block):
                 found[request].tallies.append(tally)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 from steer_server.program import Program
@@ -39,37 +39,46 @@ class RequestState:
     """By revision: its first position; equal to its successor's if it never held."""
     done: int = 0
     """Rows below this position have been computed, counted and reported."""
-    waiting: list[Program] = field(default_factory=list)
-    """Updates that came since the last step."""
+    waiting: list[tuple[Program, int]] = field(default_factory=list)
+    """Updates that came since the last step, each with the first position it may hold at."""
     entries: dict[tuple[int, tuple[int, ...], int], Mapping[int, Entries]] = field(
         default_factory=dict
     )
     """The edits of segments as the sites want them; kept by `layout`."""
 
     def begin(self, start: int) -> tuple[list[RevisionStart], list[tuple[int, int]]]:
-        """A step computes this request's rows from `start` on: waiting updates take hold here.
+        """A step computes this request's rows from `start` on: waiting updates take hold in it.
 
-        They hold from the first position never computed before, wherever a recompute begins. Returns the revisions
-        that begin, and the run of positions that the prefix cache holds so that nobody computes them.
+        They hold from the first position never computed before, wherever a recompute begins, or from the one they
+        name behind it. Returns the revisions that begin, and the run of positions that the prefix cache holds so that
+        nobody computes them.
         """
         skipped = [(self.done, start)] if start > self.done else []
         self.done = max(self.done, start)
-        begun = []
-        for program in self.waiting:
-            self.programs.append(program)
-            self.starts.append(self.done)
-            begun.append(RevisionStart(len(self.starts) - 1, self.done))
+        # One that would begin behind a later one never holds.
+        firsts = [max(self.done, first) for _, first in reversed(self.waiting)]
+        starts = list(accumulate(firsts, min))[::-1]
+        begun = [RevisionStart(len(self.starts) + i, start) for i, start in enumerate(starts)]
+        self.programs += [program for program, _ in self.waiting]
+        self.starts += starts
         self.waiting.clear()
         return begun, skipped
 
-    def segments(self, start: int, stop: int, tokens: Tokens) -> list[Segment]:
-        """The rows [start, stop) cut where edits change."""
+    def revisions(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(revision, first, last) of the runs of [start, stop) on which one holds."""
         found = []
         ends = [*self.starts[1:], FOREVER]
         for revision, (begin, end) in enumerate(zip(self.starts, ends, strict=True)):
             first, last = max(start, begin), min(stop, end)
             if first < last:
-                found += self._cut(revision, first, last, tokens)
+                found.append((revision, first, last))
+        return found
+
+    def segments(self, start: int, stop: int, tokens: Tokens) -> list[Segment]:
+        """The rows [start, stop) cut where edits change."""
+        found = []
+        for revision, first, last in self.revisions(start, stop):
+            found += self._cut(revision, first, last, tokens)
         return found
 
     def steady_until(self, position: int) -> int:

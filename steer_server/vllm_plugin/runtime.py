@@ -87,11 +87,11 @@ class Runtime:
             self._states[vllm_id] = RequestState(content["prompt_length"], [program])
             self._changed = True
 
-    def update(self, vllm_id: str, content: Mapping[str, Any]) -> None:
-        """A new program takes hold with the coming step of the request."""
+    def update(self, vllm_id: str, content: Mapping[str, Any], first: int = 0) -> None:
+        """A new program takes hold with the coming step of the request, at position `first` at the earliest."""
         program = from_json(content)
         self.residents.acquire(program.features())
-        self._states[vllm_id].waiting.append(program)
+        self._states[vllm_id].waiting.append((program, first))
         self._changed = True
 
     def forget(self, vllm_ids: Iterable[str]) -> None:
@@ -99,7 +99,7 @@ class Runtime:
         for vllm_id in vllm_ids:
             state = self._states.pop(vllm_id, None)
             if state is not None:
-                for program in (*state.programs, *state.waiting):
+                for program in (*state.programs, *(program for program, _ in state.waiting)):
                     self.residents.release(program.features())
                 self._changed = True
 
@@ -146,7 +146,7 @@ class Runtime:
         for number in step.layout.edits:
             outcome = passes[number].outcome
             if outcome is not None:
-                step.outcomes[number] = Transfer(outcome)
+                step.outcomes[number] = Transfer([t for t in outcome if t is not None])
         for reading in step.layout.readings:
             found = passes[reading.site]
             x = found.after if reading.edited else found.before
@@ -164,6 +164,7 @@ class Runtime:
         report = StepReport([vllm_id for _, vllm_id, _ in layout.members])
         if step.first and self._announces:
             report.applied, report.skipped = layout.applied, layout.skipped
+        positions = layout.positions(step.starts)
         for number, edits in layout.edits.items():
             outcome = Outcome(*step.outcomes[number].wait()) if number in step.outcomes else None
             if outcome is None or bool((outcome.x_norm < 0).any()):
@@ -172,10 +173,10 @@ class Runtime:
                     (r, f"the op did not run at site number {number}") for r in missed
                 ]
                 continue
-            block, too_large = edits.collect(outcome)
-            report.edits.append(block)
-            report.too_large += too_large
-        positions = layout.positions(step.starts)
+            found = edits.collect(outcome, positions)
+            report.edits.append(found.block)
+            report.too_large += found.too_large
+            report.limited += found.limited
         missed = [request for reading in step.missed for request in reading.requests]
         for reading, transfer, seconds in step.encoded:
             mark, *encoded = transfer.wait()

@@ -1,11 +1,14 @@
-"""vLLM's scheduler with two more duties: slots are given to programs, and reports travel with the tokens."""
+"""vLLM's scheduler with three more duties: slots are given to programs, live requests are changed and paused, and reports
+travel with the tokens."""
 
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
@@ -15,16 +18,21 @@ from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.bank import Slots
 
 Content = dict[str, Any]
+Update = tuple[Any, int]
+"""A program as JSON, and the first position it may hold at."""
 
 
 class _Steering:
     """Mixed in before one of vLLM's schedulers.
 
     A request whose features find no free slot is held back, in order of arrival, until others have ended: it waits
-    like one that finds no KV blocks. Updates reach every worker with the same step.
+    like one that finds no KV blocks. Updates reach every worker with the same step. A paused request is preempted, and
+    kept out of vLLM's queues until it goes on.
     """
 
     requests: dict[str, Request]
+    running: list[Request]
+    waiting: RequestQueue
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -35,6 +43,10 @@ class _Steering:
         """By request with a program: what it has acquired slots for."""
         self._updates: dict[str, deque[Content]] = defaultdict(deque)
         """By request: those that no step has carried yet."""
+        self._pausing: set[str] = set()
+        """Requests that the next step is to leave out."""
+        self._paused: dict[str, Request] = {}
+        """Those that are in none of vLLM's queues."""
         self._reports: list[Any] = []
 
     def add_request(self, request: Request) -> None:
@@ -45,6 +57,11 @@ class _Steering:
         elif "update" in content:
             if content["update"] in self._contents or self._is_held(content["update"]):
                 self._updates[content["update"]].append(content)
+        elif "pause" in content:
+            if content["paused"]:
+                self._pausing.add(content["pause"])
+            else:
+                self._resume(content["pause"])
         else:
             self._held.append(request)
             self._admit_held()
@@ -68,6 +85,8 @@ class _Steering:
         return finished
 
     def schedule(self, *args: Any, **named: Any) -> SchedulerOutput:
+        if self._pausing:
+            self._pause()
         output = super().schedule(*args, **named)  # type: ignore[misc]
         if self._updates:
             output.steer_updates = self._due(output.num_scheduled_tokens)
@@ -96,7 +115,13 @@ class _Steering:
 
     @property
     def _waiting(self) -> int:
-        return len(self._held) + sum(map(len, self._updates.values()))
+        """Requests and updates that wait for slots, not for their token."""
+        count = len(self._held)
+        for request_id, queue in self._updates.items():
+            request = self.requests.get(request_id)
+            stop = request.num_computed_tokens if request else 1
+            count += sum(content["first"] < stop for content in queue)
+        return count
 
     def _is_held(self, request_id: str) -> bool:
         return any(request.request_id == request_id for request in self._held)
@@ -111,18 +136,52 @@ class _Steering:
             self._contents[request.request_id] = [content]
             super().add_request(request)  # type: ignore[misc]
 
-    def _due(self, scheduled: dict[str, int]) -> dict[str, list[Content]]:
-        """The updates that hold from this step on."""
-        due: dict[str, list[Content]] = {}
+    def _due(self, scheduled: dict[str, int]) -> dict[str, list[Update]]:
+        """The updates that take hold in the step that was just scheduled."""
+        due: dict[str, list[Update]] = {}
         for request_id in self._updates.keys() & scheduled.keys():
             queue = self._updates[request_id]
-            while queue and self._acquire(queue[0]):
-                content = queue.popleft()
+            # vLLM counts the step's tokens as computed already, those under way and not yet known included.
+            stop = self.requests[request_id].num_computed_tokens
+            while (number := _first_due(queue, stop)) is not None:
+                content = queue[number]
+                if not self._acquire(content):
+                    break
+                for _ in range(number + 1):
+                    queue.popleft()
                 self._contents[request_id].append(content)
-                due.setdefault(request_id, []).append(content["program"])
+                found = due.setdefault(request_id, [])
+                # Those that it replaces keep the count of revisions, and hold nowhere.
+                found += [({}, content["first"])] * number
+                found.append((content["program"], content["first"]))
             if not queue:
                 del self._updates[request_id]
         return due
+
+    def _pause(self) -> None:
+        """Takes what is to pause out of vLLM's queues, between two steps."""
+        for request_id in self._pausing & self.requests.keys():
+            self._pausing.discard(request_id)
+            request = self.requests[request_id]
+            if request.status == RequestStatus.RUNNING:
+                self.running.remove(request)
+                # Its blocks are freed once the steps under way are done with them, and the tokens of those still count.
+                self._preempt_request(request, time.monotonic())  # type: ignore[attr-defined]
+            for queue in _queues(self):
+                queue.remove_requests({request})
+            _deferred(self).discard(request)
+            self._paused[request_id] = request
+        self._pausing &= {request.request_id for request in self._held}
+
+    def _resume(self, request_id: str) -> None:
+        self._pausing.discard(request_id)
+        request = self._paused.pop(request_id, None)
+        if request is None:
+            return
+        if request.status == RequestStatus.PREEMPTED:
+            self.waiting.prepend_request(request)
+        else:
+            self._enqueue_waiting_request(request)  # type: ignore[attr-defined]
 
     def _acquire(self, content: Content) -> bool:
         wanted: dict[int, list[tuple[str, int]]] = defaultdict(list)
@@ -141,8 +200,27 @@ class _Steering:
                 for site, name, feature in content["features"]:
                     self._slots[site].release([(name, feature)])
             self._updates.pop(request_id, None)
+            self._pausing.discard(request_id)
+            self._paused.pop(request_id, None)
         if ended:
             self._admit_held()
+
+
+def _first_due(queue: Iterable[Content], stop: int) -> int | None:
+    """Which update is the first to hold at a position before `stop`."""
+    due = (number for number, content in enumerate(queue) if content["first"] < stop)
+    return next(due, None)
+
+
+def _queues(scheduler: Any) -> list[Any]:
+    """Where vLLM keeps requests that wait, 0.30 in the first two, 0.31 and 0.32 in the first and the last."""
+    names = "waiting", "skipped_waiting", "kv_holding_waiting"
+    return [getattr(scheduler, name) for name in names if hasattr(scheduler, name)]
+
+
+def _deferred(scheduler: Any) -> set[Request]:
+    """Which of them vLLM from 0.31 on cannot schedule for the time being."""
+    return getattr(scheduler, "deferred_waiting", set())
 
 
 class _SteerScheduler(_Steering, Scheduler):

@@ -185,6 +185,7 @@ def _answer(processor: Any, frontend: Frontend) -> None:
 def _report(account: Account, rows: list[ActivationRows]) -> dict[str, Any]:
     return {
         "edits": [asdict(report) for report in account.close()],
+        "limited_tokens": account.limited_tokens,
         "activations": [
             {
                 "read_out": entry.read_out,

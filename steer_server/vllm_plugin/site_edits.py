@@ -1,5 +1,6 @@
 """One step's edits at one site: which rows, which coefficients, and what became of them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +11,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer_server.program import MAX_RELATIVE_SIZE, Oversize, Program
 from steer_server.vllm_plugin.report import EditBlock
 
-MAX_RELATIVE_SIZE = 1e4
-"""Largest |delta| / |x| of a row. Past some 1e13 the squares in the next norm overflow, and a NaN in a KV block
-would outlive its request: vLLM does not clear blocks that it hands on."""
+
+class Bounds(NamedTuple):
+    """How far a program's edits may move a row, in lengths of x."""
+
+    limit: float = math.inf
+    """Rows past it are counted."""
+    most: float = math.inf
+    """The delta is scaled down to it."""
+    refused: float = MAX_RELATIVE_SIZE
+    """Past it the row stays as it was, and its request fails."""
+
+    @classmethod
+    def of(cls, program: Program) -> "Bounds":
+        limit = program.max_relative_size
+        if limit is None:
+            return cls()
+        match program.oversize:
+            case Oversize.REJECT:
+                return cls(limit, refused=limit)
+            case Oversize.CLAMP:
+                return cls(limit, most=limit)
+            case Oversize.WARN:
+                return cls(limit)
 
 
 class Entries(NamedTuple):
@@ -28,6 +50,7 @@ class Entries(NamedTuple):
     when_slot: NDArray[np.int32]
     when_above: NDArray[np.float32]
     """-inf: always."""
+    bounds: Bounds = Bounds()
 
 
 class Run(NamedTuple):
@@ -53,6 +76,8 @@ class Lines(NamedTuple):
     when_above: NDArray[np.float32]
     length: NDArray[np.int32]
     """Entries of each line that do something."""
+    bounds: NDArray[np.float32] | None
+    """`Bounds`, [3, lines]; None if no program of the step has a limit."""
 
 
 class Outcome(NamedTuple):
@@ -66,6 +91,18 @@ class Outcome(NamedTuple):
     """[rows or 1, entries]."""
     applied: Tensor
     """False for rows left as they were because the delta was too large, [rows, 1]."""
+    size: Tensor | None = None
+    """|delta| before it was scaled down, [rows, 1]; None if no program of the step has a limit."""
+
+
+class Collected(NamedTuple):
+    """What became of a site's edits, for the report."""
+
+    block: EditBlock
+    too_large: list[tuple[int, str]]
+    """(request, why) of those with a row where they were too large."""
+    limited: list[tuple[int, int]]
+    """(request, rows past its program's limit), each row once."""
 
 
 @dataclass
@@ -76,6 +113,14 @@ class SitePass:
     before: Tensor | None = None
     """x of all rows before any edit, in float32."""
     after: Tensor | None = None
+
+
+class _RowBounds(NamedTuple):
+    """`Bounds` of each row, [rows, 1]."""
+
+    limit: NDArray[np.float32]
+    most: NDArray[np.float32]
+    refused: NDArray[np.float32]
 
 
 class SiteEdits:
@@ -113,16 +158,20 @@ class SiteEdits:
             when_slot[line, :n] = entries.when_slot
             when_above[line, :n] = entries.when_above
         length = np.array([len(entries.slot) for entries in self._distinct], np.int32)
-        return Lines(slot, numbers, when_slot, when_above, length)
+        bounds = None
+        if any(entries.bounds != Bounds() for entries in self._distinct):
+            bounds = np.array([entries.bounds for entries in self._distinct], np.float32).T
+        return Lines(slot, numbers, when_slot, when_above, length, bounds)
 
-    def collect(self, outcome: Outcome) -> tuple[EditBlock, list[int]]:
-        """What the edits did, once per row; and the requests with a row where they were too large.
-
-        The outcome is on the host.
-        """
-        change, x_norm, decoder_norm, applied = (tensor.numpy() for tensor in outcome)
+    def collect(self, outcome: Outcome, positions: NDArray[np.int64]) -> Collected:
+        """What the edits did, once per row. The outcome is on the host; `positions` are those of the batch rows."""
+        change, x_norm, decoder_norm, applied = (tensor.numpy() for tensor in outcome[:4])
         changed: NDArray[np.uint32] = (change != 0).astype(np.uint32)
         total = np.asarray(np.abs(change) * (decoder_norm / x_norm), np.float32)
+        limited: list[tuple[int, int]] = []
+        if outcome.size is not None:
+            total *= self._scale(outcome.size.numpy(), x_norm)
+            limited = self._limited(outcome.size.numpy(), x_norm)
         largest = total
         if not self._single:
             changed = np.add.reduceat(changed, self._starts, axis=0, dtype=np.uint32)
@@ -131,16 +180,47 @@ class SiteEdits:
         block = EditBlock(
             *self._fixed, self._reported(changed), self._reported(total), self._reported(largest)
         )
-        if applied.all():
-            return block, []
-        held = np.logical_and.reduceat(applied[:, 0], self._starts)
-        return block, sorted(
-            {run.request for run, fine in zip(self.runs, held, strict=True) if not fine}
-        )
+        too_large = [] if applied.all() else self._too_large(outcome, positions)
+        return Collected(block, too_large, limited)
+
+    def _scale(self, size: NDArray, x_norm: NDArray) -> NDArray[np.float32]:
+        """The part of each row's delta that was added, [rows, 1]."""
+        most = self._bounds.most * x_norm
+        return np.divide(most, size, out=np.ones_like(size), where=size > most)
+
+    def _limited(self, size: NDArray, x_norm: NDArray) -> list[tuple[int, int]]:
+        over = (size > self._bounds.limit * x_norm)[:, 0]
+        rows = np.add.reduceat(over, self._starts, dtype=np.int64)[self._fresh].tolist()
+        requests = [self.runs[i].request for i in self._fresh]
+        return [(request, n) for request, n in zip(requests, rows, strict=True) if n]
+
+    def _too_large(self, outcome: Outcome, positions: NDArray) -> list[tuple[int, str]]:
+        """By request, of its first row."""
+        found: dict[int, str] = {}
+        sizes: NDArray[np.float32] | None = None
+        if outcome.size is not None:
+            size, x_norm = outcome.size.numpy(), outcome.x_norm.numpy()
+            limit, _, refused = self._bounds
+            # Where the program's own limit was passed; else what holds for all was.
+            sizes = np.where((limit == refused) & (size > limit * x_norm), size / x_norm, np.nan)
+        for row in np.flatnonzero(~outcome.applied.numpy()[:, 0]).tolist():
+            number = int(np.searchsorted(self._starts, row, side="right")) - 1
+            run = self.runs[number]
+            if run.request not in found:
+                size = math.nan if sizes is None else float(sizes[row, 0])
+                position = int(positions[run.first + row - self._starts[number]])
+                found[run.request] = _why(run.entries.bounds, size, position)
+        return sorted(found.items())
 
     def _reported(self, table: NDArray[Any]) -> NDArray[Any]:
         """What of [runs, entries] belongs to entries that are there, of runs that were not counted before."""
         return (table if self._whole else table[self._fresh][self._valid]).ravel()
+
+    @cached_property
+    def _bounds(self) -> _RowBounds:
+        """Of a step with a limit."""
+        assert self.lines.bounds is not None
+        return _RowBounds(*self.lines.bounds[:, self.line_of_row, None])
 
     @cached_property
     def _single(self) -> bool:
@@ -178,3 +258,16 @@ class SiteEdits:
         indices = [run.entries.indices for run in runs] or [np.empty(0, np.uint32)]
         request, revision, rows, entries = (np.array(column, np.int32) for column in columns)
         return request, revision, rows, entries, np.concatenate(indices)
+
+
+def _why(bounds: Bounds, size: float, position: int) -> str:
+    """Why a row was left as it was; `size` in lengths of x if it is past its program's own limit, else NaN."""
+    if not math.isnan(size):
+        return (
+            f"at position {position} the edits would have moved x by {size:.4g} times its length, and this program's "
+            f"max_relative_size is {bounds.limit:g}; use smaller strengths, raise it, or let oversize be clamp or warn"
+        )
+    return (
+        f"the edits would have moved x by more than {MAX_RELATIVE_SIZE:g} times its length, or past the largest number "
+        f"of the model's dtype, at position {position}; use smaller strengths"
+    )

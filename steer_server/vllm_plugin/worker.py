@@ -81,9 +81,9 @@ class SteerWorker:
             content = (parameters.extra_args or {}).get(KEY) if parameters else None
             if content is not None:
                 self.steer.admit(request.req_id, content)
-        for vllm_id, programs in getattr(scheduler_output, "steer_updates", {}).items():
-            for program in programs:
-                self.steer.update(vllm_id, program)
+        for vllm_id, updates in getattr(scheduler_output, "steer_updates", {}).items():
+            for program, first in updates:
+                self.steer.update(vllm_id, program, first)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def sample_tokens(self, grammar_output: Any) -> Any:

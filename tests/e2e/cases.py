@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -48,7 +50,9 @@ async def run_job(engine: VllmEngine, job: Job) -> Result:
     progress = asyncio.Condition()
     stream = engine.generate(generation)
     pending = asyncio.ensure_future(anext(stream))
-    sender = asyncio.create_task(_send_updates(engine, job, result, progress))
+    sender = asyncio.gather(
+        _send_updates(engine, job, result, progress), _pause(engine, job, result, progress)
+    )
     try:
         while result.finish is None:
             _enter(result, await pending)
@@ -79,13 +83,26 @@ async def _send_updates(
             )
         await asyncio.sleep(update.delay)
         (answer,) = await asyncio.gather(
-            engine.update(job.name, update.program), return_exceptions=True
+            engine.update(job.name, update.program, update.at_index), return_exceptions=True
         )
         if isinstance(answer, InvalidRequest):
             assert "not live" in str(answer)
             return
         assert answer == len(result.programs)
         result.programs.append(update.program)
+
+
+async def _pause(engine: VllmEngine, job: Job, result: Result, progress: asyncio.Condition) -> None:
+    """A request that ends meanwhile cannot go on."""
+    if job.paused is None:
+        return
+    seen, seconds = job.paused
+    async with progress:
+        await progress.wait_for(lambda: result.ended or len(result.token_ids) >= seen)
+    with suppress(InvalidRequest):
+        await engine.pause(job.name)
+        await asyncio.sleep(seconds)
+        await engine.resume(job.name)
 
 
 def _enter(result: Result, step: StepOutput) -> None:
@@ -117,6 +134,7 @@ def check(job: Job, result: Result, reference: MultiReference) -> None:
         return
     computed = _computed(job, result)
     _check_reports(result, held, answer, computed)
+    assert result.finish.limited_tokens == sum(int(computed[row]) for row in answer.limited)
     _check_rows(job, result, held, answer, computed, reference)
 
 
@@ -133,10 +151,15 @@ def _held(job: Job, result: Result) -> list[tuple[int, Held]]:
     starts = [start for start in result.account.starts if start is not None]
     assert starts == sorted(starts)
     assert len(starts) == len(revisions) + 1
-    for (revision, index), start in zip(map(_pair, result.applied), starts[1:], strict=True):
+    begun = pairwise([*starts, rows])
+    next(begun)
+    for (revision, index), (start, end) in zip(map(_pair, result.applied), begun, strict=True):
         assert index == max(0, start + 1 - len(job.prompt)), f"revision {revision}"
         assert 0 <= index < job.tokens
-        assert index >= job.updates[revision - 1].seen
+        update = job.updates[revision - 1]
+        assert index >= update.seen
+        # One that another has replaced holds nowhere, so it may be told of before its time.
+        assert index >= (update.at_index or 0) or start == end
     ends = [*starts[1:], rows]
     return [
         (revision, Held(result.programs[revision], start, end))

@@ -1,5 +1,6 @@
 """Runs generations on an engine and gathers what came out."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,12 @@ def program(edits: Sequence[Edit] = (), *read_outs: ReadOut, name: str = "random
     return Program(tuple(FeatureEdit(name, edit) for edit in edits), tuple(read_outs))
 
 
+async def tokens_of(outcome: Outcome, count: int) -> None:
+    """Waits until so many have come."""
+    while len(outcome.token_ids) < count:
+        await asyncio.sleep(0.005)
+
+
 async def run(
     engine: Engine,
     name: str,
@@ -51,9 +58,13 @@ async def run(
     program: Program = Program(),  # noqa: B008 - frozen
     tokens: int = 16,
     live: bool = False,
+    seed: int | None = None,
+    outcome: Outcome | None = None,
 ) -> Outcome:
-    sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True, logprobs=True)
-    outcome = Outcome()
+    """Greedy, or with `seed` not; `outcome` is filled as the tokens come."""
+    temperature = 0.0 if seed is None else 1.0
+    sampling = Sampling(tokens, temperature, seed=seed, ignore_eos=True, logprobs=True)
+    outcome = outcome or Outcome()
     async for step in engine.generate(Generation(name, tuple(prompt), sampling, program, live)):
         assert step.first_index == len(outcome.token_ids)
         outcome.token_ids += step.token_ids

@@ -18,7 +18,7 @@ from steer_server.dictionary.dictionary import Activation, Dictionary
 from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Edit, Limit, Patch, Scale
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
-from steer_server.program import FeatureEdit, Program
+from steer_server.program import FeatureEdit, Oversize, Program
 
 CLOSE = 1e-3
 TOSS = 1e-5
@@ -61,6 +61,8 @@ class Answer:
     """By (index of the held program, edit)."""
     settled: int
     """Rows before the first one at which rounding decides an edit."""
+    limited: list[int] = field(default_factory=list)
+    """Rows past the limit of their program, once for each site."""
 
 
 def holds(entry: FeatureEdit, position: int, token: int, prompt_length: int) -> bool:
@@ -245,4 +247,26 @@ class MultiReference:
                         tally.changed += bool(change != 0)
                         tally.close += bool(close)
                         tally.sizes.append(float(change.abs() * row.norm() / x[p].norm()))
+            tallies = [answer.tallies.get((number, i)) for i in range(len(part.program.edits))]
+            here_too = [entry.dictionary in here for entry in part.program.edits]
+            held_here = [t for t, is_here in zip(tallies, here_too, strict=True) if t and is_here]
+            self._limit(part, x, delta, held_here, answer)
         return delta
+
+    def _limit(
+        self, part: Held, x: Tensor, delta: Tensor, tallies: Sequence[EditTally], answer: Answer
+    ) -> None:
+        """Brings the rows on which the part holds within its program's limit, and what was told of them."""
+        limit = part.program.max_relative_size
+        for p in range(part.start, min(part.stop, len(x))) if limit else ():
+            scale = limit * float(x[p].norm() / delta[p].norm()) if delta[p].any() else 1.0
+            if scale >= 1:
+                continue
+            answer.limited.append(p)
+            if part.program.oversize is Oversize.CLAMP:
+                delta[p] *= scale
+                for tally in tallies:
+                    tally.sizes = [
+                        size * scale if row == p else size
+                        for row, size in zip(tally.rows, tally.sizes, strict=True)
+                    ]

@@ -15,7 +15,7 @@ from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Edit,
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.files import StoredDictionary, load, save
 from steer_server.dictionary.site import Site
-from steer_server.program import Condition, FeatureEdit, Program, ReadOut, Scope
+from steer_server.program import Condition, FeatureEdit, Oversize, Program, ReadOut, Scope
 from tests.e2e.multi_reference import holds
 
 N_FEATURES = 256
@@ -128,6 +128,7 @@ class Update:
     delay: float
     """Seconds until it does; a request that waits in a preemption may get it there."""
     program: Program
+    at_index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ class Job:
     """Tokens seen when the client leaves; None: it stays to the end."""
     pause: float
     """Seconds before it is sent."""
+    paused: tuple[int, float] | None = None
+    """After how many tokens seen the client pauses it, and for how many seconds."""
 
 
 class Draw:
@@ -159,6 +162,7 @@ class Draw:
         """`continuation` guesses which tokens will be generated, so that scopes name some that come."""
         self.seed = seed
         self._random = Random(seed)
+        self._more = Random(f"{seed}, of what came later, so that seeds keep their cases")
         self._dictionaries = dictionaries
         self._vocabulary = vocabulary
         self._continuation = continuation
@@ -187,6 +191,7 @@ class Draw:
                 updates=(),
                 abort_after=None,
                 pause=random.choice([0.0, 0.1]),
+                paused=None,
             )
         # Short ones are many at a time, and cross into their second KV block long after their first updates.
         prompt = self._tokens(random.randint(3, random.choice([16, 60])))
@@ -206,11 +211,13 @@ class Draw:
                     seen,
                     random.choice([0.0, random.uniform(0, 0.3)]),
                     self.program(len(prompt), tokens, likely),
+                    self._more.choice([None, self._more.randint(0, tokens)]),
                 )
                 for seen in after
             ),
             random.randint(1, tokens) if self._chance(0.1) else None,
             random.choice([0.0, 0.0, random.uniform(0, 0.3)]),
+            self._pause(tokens) if live else None,
         )
 
     def program(self, prompt_length: int, tokens: int, likely: Sequence[int]) -> Program:
@@ -226,7 +233,16 @@ class Draw:
                 self._condition(name, feature),
             )
         read_outs = tuple(self._read_out() for _ in range(random.randint(0, 3)))
-        return _possible(Program(tuple(edits.values()), read_outs), prompt_length, tokens)
+        limit = self._more.choice([None, None, self._more.uniform(0.02, 0.3)])
+        oversize = self._more.choice([Oversize.CLAMP, Oversize.WARN])
+        if limit is None:
+            oversize = Oversize.REJECT
+        made = Program(tuple(edits.values()), read_outs, limit, oversize)
+        return _possible(made, prompt_length, tokens)
+
+    def _pause(self, tokens: int) -> tuple[int, float] | None:
+        more = self._more
+        return more.choice([None, (more.randint(0, tokens), more.uniform(0, 0.3))])
 
     def _edit(self, feature: int, prompt_length: int, rows: int) -> Edit:
         number = self._random.uniform

@@ -1,5 +1,6 @@
 """The independent reference: transformers in float32 with a forward hook that edits and records x."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -36,8 +37,11 @@ class Reference:
         return self._tokenizer.encode(text)
 
     @torch.no_grad()
-    def generate(self, prompt: Sequence[int], tokens: int, edits_at: EditsAt) -> Completion:
-        with _hooked(self._layer, self._dictionary, edits_at) as seen:
+    def generate(
+        self, prompt: Sequence[int], tokens: int, edits_at: EditsAt, most: float = math.inf
+    ) -> Completion:
+        """Rows are moved by `most` lengths of x at most."""
+        with _hooked(self._layer, self._dictionary, edits_at, most) as seen:
             ids, logprobs, cache = [], [], None
             step = torch.tensor([list(prompt)])
             for _ in range(tokens):
@@ -77,7 +81,9 @@ class Reference:
 
 
 @contextmanager
-def _hooked(layer: nn.Module, dictionary: Dictionary, edits_at: EditsAt) -> Iterator[list[Tensor]]:
+def _hooked(
+    layer: nn.Module, dictionary: Dictionary, edits_at: EditsAt, most: float = math.inf
+) -> Iterator[list[Tensor]]:
     """Edits what the layer gives; yields its x of each pass."""
     seen: list[Tensor] = []
     position = 0
@@ -91,6 +97,7 @@ def _hooked(layer: nn.Module, dictionary: Dictionary, edits_at: EditsAt) -> Iter
             edits = edits_at(position + row)
             if edits:
                 delta[row] = edit_delta(dictionary, x[row : row + 1], edits)[0]
+                delta[row] *= (most * x[row].norm() / delta[row].norm()).clamp(max=1.0)
         position += len(x)
         return output + delta
 

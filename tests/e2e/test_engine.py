@@ -1,7 +1,9 @@
 """The engine against transformers with hooks, in float32, greedy."""
 
 import asyncio
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +11,9 @@ import pytest
 from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Edit, Scale
 from steer_server.engine import VllmEngine
 from steer_server.errors import DictionaryNotFound, EditTooLarge, InvalidRequest
-from steer_server.generation import FinishReason, Generation, Sampling
-from steer_server.program import FeatureEdit, Program, ReadOut, Scope
-from tests.e2e.helpers import IOI, TEXTS, Outcome, program, run
+from steer_server.generation import FinishReason, Generation, RevisionApplied, Sampling
+from steer_server.program import FeatureEdit, Oversize, Program, ReadOut, Scope
+from tests.e2e.helpers import IOI, TEXTS, Outcome, program, run, tokens_of
 from tests.e2e.reference import Completion, Reference
 
 pytestmark = pytest.mark.e2e
@@ -131,6 +133,42 @@ async def test_edits_too_large_fail_their_own_request_and_nothing_after_it(
     after = await asyncio.gather(*(run(engine, f"after {i}", prompt) for i in range(8)))
     assert np.isfinite([outcome.logprobs for outcome in after]).all()
     assert all(outcome.token_ids == before.token_ids for outcome in after)
+
+
+async def test_edits_past_a_programs_limit_are_scaled_down_counted_or_fail_as_it_says(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    prompt = engine.tokenizer.encode(IOI)
+    edits = (Add(11, 30.0), AddRelative(9, 0.5))
+    free = program(edits)
+    limits = {
+        "free": free,
+        "clamp": replace(free, max_relative_size=0.3, oversize=Oversize.CLAMP),
+        "warn": replace(free, max_relative_size=0.3, oversize=Oversize.WARN),
+        "reject": replace(free, max_relative_size=0.3),
+        "wide": replace(free, max_relative_size=100.0),
+    }
+
+    found = await asyncio.gather(
+        *(run(engine, name, prompt, limited, tokens=8) for name, limited in limits.items()),
+        return_exceptions=True,
+    )
+
+    outcomes = {
+        name: outcome
+        for name, outcome in zip(limits, found, strict=True)
+        if isinstance(outcome, Outcome)
+    }
+    error = found[list(limits).index("reject")]
+    assert isinstance(error, EditTooLarge)
+    assert re.search(r"at position 1 .* max_relative_size is 0\.3", str(error))
+    assert_same(outcomes["clamp"], reference.generate(prompt, 8, from_one(edits), 0.3))
+    unlimited = reference.generate(prompt, 8, from_one(edits))
+    for name in ("free", "warn", "wide"):
+        assert_same(outcomes[name], unlimited)
+    counts = {name: o.finish.limited_tokens for name, o in outcomes.items() if o.finish}
+    rows = len(prompt) + 6
+    assert counts == {"free": 0, "clamp": rows, "warn": rows, "wide": 0}
 
 
 async def test_scope_limits_an_edit_to_its_phase_and_positions(
@@ -264,6 +302,103 @@ async def test_an_update_that_comes_before_the_first_token_waits_for_it_and_noth
     assert outcome.finish.reports[-1].tokens_in_scope == rows
 
 
+async def test_an_update_holds_from_exactly_the_index_it_names(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    prompt = engine.tokenizer.encode(IOI)
+    before, after, last = (Add(11, 20.0),), (AddRelative(9, 0.4),), (Ablate(11),)
+    running = asyncio.create_task(run(engine, "at", prompt, program(before), tokens=16, live=True))
+    await asyncio.sleep(0)
+
+    assert await engine.update("at", program(after), 6) == 1
+    assert await engine.update("at", program(last), 10) == 2
+    outcome = await running
+
+    assert outcome.applied == [RevisionApplied(1, 6), RevisionApplied(2, 10)]
+
+    def edits_at(position: int) -> Sequence[Edit]:
+        token = position - len(prompt) + 1
+        held = before if token < 6 else after if token < 10 else last
+        return held if position else ()
+
+    assert_same(outcome, reference.generate(prompt, 16, edits_at))
+    assert outcome.finish is not None
+    assert [r.tokens_in_scope for r in outcome.finish.reports] == [len(prompt) + 4, 4, 6]
+
+
+async def test_a_paused_generation_waits_and_then_goes_on_as_if_nothing_had_happened(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    prompt, edits = engine.tokenizer.encode(IOI), (Add(11, 20.0),)
+    changed = (AddRelative(9, 0.4),)
+    query = program(edits, ReadOut("random", top_k=4))
+    paused = Outcome()
+    task = asyncio.create_task(run(engine, "paused", prompt, query, 16, True, outcome=paused))
+    beside = [
+        asyncio.create_task(run(engine, f"beside {i}", engine.tokenizer.encode(text)))
+        for i, text in enumerate(TEXTS[:2])
+    ]
+    await tokens_of(paused, 3)
+    await engine.pause("paused")
+    await engine.pause("paused")
+    await engine.update("paused", program(changed), 12)
+    others = await asyncio.gather(*beside)
+    await run(engine, "after", prompt, tokens=4)
+    seen = len(paused.token_ids)
+    await engine.resume("paused")
+    outcome = await task
+
+    # The tokens of the steps that were under way as the pause came.
+    assert 3 <= seen <= 7
+    assert outcome.applied == [RevisionApplied(1, 12)]
+
+    def edits_at(position: int) -> Sequence[Edit]:
+        return () if not position else edits if position < len(prompt) + 11 else changed
+
+    assert_same(outcome, reference.generate(prompt, 16, edits_at))
+    assert list(outcome.features()) == list(range(len(prompt) + 11))
+    assert outcome.finish is not None
+    assert [r.tokens_in_scope for r in outcome.finish.reports] == [len(prompt) + 10, 4]
+    assert_same(others[0], reference.generate(prompt, 16, from_one(())))
+
+
+async def test_a_pause_does_not_change_what_a_seed_draws(engine: VllmEngine) -> None:
+    prompt, edits = engine.tokenizer.encode(IOI), program((Add(11, 20.0),))
+    undisturbed = await run(engine, "whole", prompt, edits, tokens=12, live=True, seed=3)
+    paused = Outcome()
+    task = asyncio.create_task(
+        run(engine, "seed", prompt, edits, 12, live=True, seed=3, outcome=paused)
+    )
+    for count in (2, 6):
+        await tokens_of(paused, count)
+        await engine.pause("seed")
+        await asyncio.sleep(0.2)
+        await engine.resume("seed")
+
+    assert (await task).token_ids == undisturbed.token_ids
+
+
+async def test_a_paused_generation_can_be_closed_and_an_ended_one_cannot_be_paused(
+    engine: VllmEngine,
+) -> None:
+    prompt = engine.tokenizer.encode(IOI)
+    paused = Outcome()
+    task = asyncio.create_task(
+        run(engine, "closed", prompt, program((Ablate(1),)), 500, live=True, outcome=paused)
+    )
+    await tokens_of(paused, 2)
+    await engine.pause("closed")
+    await asyncio.sleep(0.2)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+    for change in (engine.pause, engine.resume):
+        with pytest.raises(InvalidRequest, match="not live"):
+            await change("closed")
+    again = await run(engine, "closed", prompt, program((Ablate(1),)), tokens=4)
+    assert len(again.token_ids) == 4
+
+
 async def test_closing_a_generation_aborts_it_and_frees_its_name(engine: VllmEngine) -> None:
     prompt = tuple(engine.tokenizer.encode(IOI))
     long = Sampling(max_tokens=500, temperature=0.0, ignore_eos=True)
@@ -283,6 +418,15 @@ async def test_requests_that_cannot_be_carried_out_are_refused(engine: VllmEngin
         await run(engine, "x", prompt, program((Ablate(1),), name="nobody"))
     with pytest.raises(InvalidRequest, match="not live"):
         await engine.update("nobody", Program())
+    with pytest.raises(InvalidRequest, match="not above 0") as caught:
+        await run(engine, "x", prompt, Program(max_relative_size=-1.0))
+    assert caught.value.field == "max_relative_size"
+    task = asyncio.create_task(run(engine, "index", prompt, tokens=1, live=True))
+    await asyncio.sleep(0)
+    with pytest.raises(InvalidRequest, match="count from 0") as caught:
+        await engine.update("index", Program(), -1)
+    assert caught.value.field == "at_index"
+    await task
 
 
 async def test_the_self_test_passes_and_the_model_calls_the_op_once_a_step(

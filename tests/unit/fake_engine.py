@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steer_server.dictionary.edits import edit_delta
 from steer_server.dictionary.files import StoredDictionary
-from steer_server.errors import InvalidRequest
+from steer_server.errors import EditTooLarge, InvalidRequest
 from steer_server.generation import (
     ActivationRows,
     EditReport,
@@ -22,7 +22,7 @@ from steer_server.generation import (
     StepOutput,
     Tokenizer,
 )
-from steer_server.program import Program, ReadOut
+from steer_server.program import Oversize, Program, ReadOut
 
 VOCAB = 128
 
@@ -53,8 +53,14 @@ class CharTokenizer:
 class _Running:
     generation: Generation
     programs: list[Program]
+    at: list[int]
+    """By revision: the first generated token that it may hold at."""
     revision: int = 0
-    """The one that holds; later programs wait for the next step."""
+    """The one that holds; later programs wait for their token."""
+    going: asyncio.Event = field(default_factory=asyncio.Event)
+    """Not set while it is paused."""
+    limited: int = 0
+    """Tokens past the limit."""
     tokens: list[int] = field(default_factory=list)
     counts: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     """By revision and edit: tokens in scope, changed, sum and largest of relative sizes."""
@@ -104,20 +110,35 @@ class FakeEngine:
         self.alive = False
 
     async def update(self, request_id: str, program: Program, at_index: int | None = None) -> int:
-        state = self.running.get(request_id)
-        if state is None or not state.generation.live:
-            raise InvalidRequest(f"generation {request_id} is not live or has ended")
+        state = self._live(request_id)
+        if at_index is not None and at_index < 0:
+            raise InvalidRequest(f"{at_index} is no index of a token", field="at_index")
         state.programs.append(program)
+        state.at.append(at_index or 0)
         revision = len(state.programs) - 1
         if self.replies:
             await self.replies.acquire()
         return revision
 
-    def reports(self, request_id: str) -> tuple[EditReport, ...]:
-        return _reports(self.running[request_id])
+    def so_far(self, request_id: str) -> tuple[tuple[EditReport, ...], int]:
+        state = self.running[request_id]
+        return _reports(state), state.limited
+
+    async def pause(self, request_id: str) -> None:
+        self._live(request_id).going.clear()
+
+    async def resume(self, request_id: str) -> None:
+        self._live(request_id).going.set()
+
+    def _live(self, request_id: str) -> _Running:
+        state = self.running.get(request_id)
+        if state is None or not state.generation.live:
+            raise InvalidRequest(f"generation {request_id} is not live or has ended")
+        return state
 
     async def generate(self, generation: Generation) -> AsyncGenerator[StepOutput, None]:
-        state = _Running(generation, [generation.program])
+        state = _Running(generation, [generation.program], [0])
+        state.going.set()
         self.running[generation.request_id] = state
         try:
             while True:
@@ -140,12 +161,12 @@ class FakeEngine:
             await self.steps.acquire()
         else:
             await asyncio.sleep(0)
+        await state.going.wait()
         prompt, sampling = state.generation.prompt_token_ids, state.generation.sampling
         index = len(state.tokens)
-        applied = ()
-        if state.revision < len(state.programs) - 1:
-            state.revision = len(state.programs) - 1
-            applied = (RevisionApplied(state.revision, index),)
+        due = max(revision for revision, at in enumerate(state.at) if at <= index)
+        applied = tuple(RevisionApplied(r, index) for r in range(state.revision + 1, due + 1))
+        state.revision = due
         positions = range(len(prompt)) if index == 0 else [len(prompt) + index - 1]
         x = self._embedding[list(prompt) if index == 0 else [state.tokens[-1]]]
         self.computed.append((state.generation.request_id, x))
@@ -169,26 +190,30 @@ class FakeEngine:
         )
 
     def _edited(self, state: _Running, x: Tensor, positions: Sequence[int]) -> Tensor:
-        edited = x.clone()
+        program = state.programs[state.revision]
         prompt = state.generation.prompt_token_ids
         tokens = (*prompt, *state.tokens)
-        for index, entry in enumerate(state.programs[state.revision].edits):
+        deltas = torch.zeros(len(program.edits), *x.shape)
+        for index, entry in enumerate(program.edits):
             dictionary = self._dictionaries[entry.dictionary].dictionary
             delta = edit_delta(dictionary, x, [entry.edit], positions)
             holds = torch.ones(len(x), dtype=torch.bool)
             if entry.when:
                 holds = dictionary.encode(x)[:, entry.when.feature] > entry.when.above
+            for row, position in enumerate(positions):
+                if entry.where.holds(position, state.prompt_length, tokens[position]):
+                    deltas[index, row] = delta[row] * holds[row]
+        deltas *= _scale(state, program, x, deltas.sum(dim=0))
+        for index, entry in enumerate(program.edits):
             count = state.counts.setdefault((state.revision, index), [0, 0, 0.0, 0.0])
             for row, position in enumerate(positions):
                 if entry.where.holds(position, state.prompt_length, tokens[position]):
-                    delta[row] *= holds[row]
-                    size = float(delta[row].norm() / x[row].norm())
-                    edited[row] += delta[row]
+                    size = float(deltas[index, row].norm() / x[row].norm())
                     count[0] += 1
-                    count[1] += bool(delta[row].any())
+                    count[1] += bool(deltas[index, row].any())
                     count[2] += size
                     count[3] = max(count[3], size)
-        return edited
+        return x + deltas.sum(dim=0)
 
     def _rows(self, state: _Running, x: Tensor, edited: Tensor, positions: Sequence[int]):
         prompt_length = state.prompt_length
@@ -211,6 +236,7 @@ class FakeEngine:
             len(state.tokens),
             self.cached_tokens,
             _reports(state),
+            state.limited,
         )
 
 
@@ -219,6 +245,19 @@ def _reports(state: _Running) -> tuple[EditReport, ...]:
         EditReport(revision, edit, int(scope), int(changed), total / max(scope, 1), largest)
         for (revision, edit), (scope, changed, total, largest) in sorted(state.counts.items())
     )
+
+
+def _scale(state: _Running, program: Program, x: Tensor, delta: Tensor) -> Tensor:
+    """The part of each row's delta that its limit leaves, [rows, 1]; EditTooLarge if it leaves none."""
+    if program.max_relative_size is None:
+        return torch.ones(len(x), 1)
+    most, size = program.max_relative_size * x.norm(dim=1), delta.norm(dim=1)
+    over = size > most
+    if over.any() and program.oversize is Oversize.REJECT:
+        raise EditTooLarge(f"the edits are past the limit of {program.max_relative_size:g}")
+    state.limited += int(over.sum())
+    clamped = over & (program.oversize is Oversize.CLAMP)
+    return torch.where(clamped, most / size, 1.0)[:, None]
 
 
 def _sparse(index: int, read_out: ReadOut, positions: list[int], f: Tensor) -> ActivationRows:

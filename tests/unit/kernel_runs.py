@@ -38,6 +38,7 @@ class Edited:
     hidden: Tensor
     change: Tensor
     x_norm: Tensor
+    size: Tensor
     applied: Tensor
     x_before: Tensor
     x_after: Tensor
@@ -78,6 +79,7 @@ def edit(device: str, case: EditCase) -> Edited:
             torch.full(shape, UNTOUCHED, device=device, dtype=dtype)
             for shape, dtype in (
                 ((max_rows, entries), torch.float32),
+                ((max_rows,), torch.float32),
                 ((max_rows,), torch.float32),
                 ((max_rows,), torch.int32),
                 ((max_rows, d_model), torch.float32),
@@ -210,8 +212,8 @@ def compile_for_cuda(arch: int, cache: str) -> dict[str, int]:
     n, d_model = 16, 576
     real, whole = torch.zeros(n, d_model), torch.zeros(n, d_model, dtype=torch.int32)
     bank = edit_kernel.Bank(real, real[0], real[0], real, real[0])
-    lines = edit_kernel.Lines(whole[0], whole, *[real] * 5, whole, real)
-    out = edit_kernel.Outcome(real, real[0], whole[0], real, real)
+    lines = edit_kernel.Lines(whole[0], whole, *[real] * 5, whole, real, real[0], real[0])
+    out = edit_kernel.Outcome(real, real[0], real[0], whole[0], real, real)
     hidden = real.to(torch.bfloat16)
     edit_kernel.edit_rows(hidden, hidden.clone(), bank, lines, whole[0], whole[0], out)
     encode_kernel.encode_topk(real, real, real[0], real[0], 8, rows=whole[0, :n])

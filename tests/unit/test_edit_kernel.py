@@ -20,7 +20,7 @@ from tests.unit import kernel_runs
 from tests.unit.kernel_runs import UNTOUCHED, EditCase, Edited, Run, some, whole
 
 SLOTS, LINES, ROWS, ENTRIES = 12, 5, 6, 13
-NONE, ALL = -math.inf, math.inf
+NONE, ALL, LARGEST = -math.inf, math.inf, 1e4
 
 
 def edit_case(
@@ -51,6 +51,8 @@ def edit_case(
         torch.maximum(low, some(g, [ALL, ALL, 0.0, 5.0], LINES, entries)),
         slots(),
         some(g, [NONE, NONE, 0.0, 3.0], LINES, entries),
+        some(g, [ALL, ALL, 0.0625], LINES),
+        some(g, [LARGEST, LARGEST, 0.25], LINES),
     )
     return EditCase(
         whole(g, ROWS, d_model).to(dtype),
@@ -70,7 +72,12 @@ def edit_case(
 
 
 def one_edit(
-    offset: float, gain: float = 0.0, when: float = NONE, dtype: torch.dtype = torch.float32
+    offset: float,
+    gain: float = 0.0,
+    when: float = NONE,
+    dtype: torch.dtype = torch.float32,
+    most: float = ALL,
+    refused: float = LARGEST,
 ) -> EditCase:
     """All rows take one edit, of a feature that decodes to 1 in every column and never encodes to more than 0."""
     case = edit_case(dtype=dtype)
@@ -88,6 +95,8 @@ def one_edit(
         table + ALL,
         torch.zeros_like(slot),
         table + when,
+        torch.full((LINES,), most),
+        torch.full((LINES,), refused),
     )
     never = torch.full_like(threshold, ALL)
     return replace(
@@ -107,6 +116,7 @@ def edit_rows_reference(case: EditCase) -> Edited:
         case.hidden.clone(),
         torch.full((max_rows, entries), UNTOUCHED, dtype=torch.float64),
         torch.full((max_rows,), UNTOUCHED, dtype=torch.float64),
+        torch.full((max_rows,), UNTOUCHED, dtype=torch.float64),
         torch.full((max_rows,), int(UNTOUCHED), dtype=torch.int32),
         torch.full((max_rows, d_model), UNTOUCHED, dtype=torch.float64),
         torch.full((max_rows, d_model), UNTOUCHED, dtype=torch.float64),
@@ -119,7 +129,7 @@ def edit_rows_reference(case: EditCase) -> Edited:
 
 def edit_row_reference(case: EditCase, want: Edited, row: int) -> None:
     encoder, bias, threshold, decoder, norm = (table.double() for table in case.bank)
-    counts, slots, gain, offset, share, low, high, when_slot, when_above = case.lines
+    counts, slots, gain, offset, share, low, high, when_slot, when_above, most, refused = case.lines
     line, read = int(case.row_line[row]), int(case.row_read[row])
     h = case.hidden[row].double()
     r = torch.zeros_like(h) if case.residual is None else case.residual[row].double()
@@ -136,8 +146,11 @@ def edit_row_reference(case: EditCase, want: Edited, row: int) -> None:
         want.change[row, e] = change
         delta += change * decoder[slot]
     if counts[line]:
+        want.size[row] = delta.norm()
+        if delta.norm() > most[line] * x.norm():
+            delta *= most[line] * x.norm() / delta.norm()
         edited = (h + delta).to(case.hidden.dtype)
-        applied = bool((delta.norm() <= 1e4 * x.norm()) & edited.isfinite().all())
+        applied = bool((delta.norm() <= refused[line] * x.norm()) & edited.isfinite().all())
         want.x_norm[row], want.applied[row] = x.norm(), applied
         if applied:
             want.hidden[row] = edited
@@ -156,6 +169,7 @@ def assert_equal(got: Edited, want: Edited) -> None:
     close(got.x_after, want.x_after, **rounding)
     close(got.change, want.change, rtol=1e-5, atol=1e-5)
     close(got.x_norm, want.x_norm, rtol=1e-5, atol=1e-5)
+    close(got.size, want.size, rtol=1e-5, atol=1e-5)
     assert torch.equal(got.applied, want.applied)
     assert torch.equal(got.x_before.double(), want.x_before)
     assert torch.equal(got.beside, want.beside)
@@ -201,7 +215,7 @@ def test_padding_rows_are_neither_read_nor_written(run: Run, dtype: torch.dtype)
 
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(got.hidden[padding].view(bits), case.hidden[padding].view(bits))
-    for table in (got.change, got.x_norm, got.applied, got.x_before, got.x_after):
+    for table in (got.change, got.x_norm, got.size, got.applied, got.x_before, got.x_after):
         assert (table[padding] == UNTOUCHED).all()
 
 
@@ -229,6 +243,20 @@ def test_a_delta_of_far_more_than_x_is_left_out(run: Run) -> None:
     assert torch.equal(got.x_after, got.x_before)
     assert (got.applied[:ROWS] == 0).all()
     assert (got.change[:ROWS, 0] == 1e8).all()
+
+
+def test_a_delta_past_the_most_of_its_line_is_scaled_down_to_it(run: Run) -> None:
+    case = one_edit(offset=1e8, most=0.5)
+    case.lines[-2][2] = ALL
+    case.row_line[1] = 2
+
+    got = run(kernel_runs.edit, case)
+
+    rows = [0, 2, 3, 4, 5]
+    moved = (got.x_after[:ROWS] - got.x_before[:ROWS]).norm(dim=1) / got.x_norm[:ROWS]
+    torch.testing.assert_close(moved[rows], torch.full((5,), 0.5))
+    assert (got.size[:ROWS] > 1e8).all()
+    assert got.applied[:ROWS].tolist() == [1, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.float16, 2e4), (torch.bfloat16, 8e37)])
@@ -310,7 +338,7 @@ def test_a_row_is_the_same_whatever_its_neighbours_do(run: Run) -> None:
 def test_hidden_states_with_columns_apart_are_refused() -> None:
     case = edit_case(d_model=ROWS)
     tables = Bank(*case.bank), Lines(*case.lines), case.row_line, case.row_read
-    out = Outcome(*[torch.zeros(ROWS, ROWS)] * 5)
+    out = Outcome(*[torch.zeros(ROWS, ROWS)] * 6)
 
     with pytest.raises(UnsupportedVllm, match="adjacent columns"):
         edit_rows(case.hidden.T, case.residual, *tables, out)

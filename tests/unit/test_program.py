@@ -19,7 +19,7 @@ from steer_server.errors import (
     SteerError,
     UnknownFeature,
 )
-from steer_server.program import Condition, FeatureEdit, Program, ReadOut, Scope
+from steer_server.program import Condition, FeatureEdit, Oversize, Program, ReadOut, Scope
 from steer_server.program_json import from_json, to_json
 from steer_server.vllm_plugin.sentinel import sentinel
 from tests.unit.serving import NAME, NEVER_FIRED, small_dictionary
@@ -118,6 +118,8 @@ def programs(draw: st.DrawFn) -> Program:
                 )
             )
         ),
+        draw(st.none() | st.floats(0.01, 10.0)),
+        draw(st.sampled_from(Oversize)),
     )
 
 
@@ -190,6 +192,10 @@ EDIT = {"dictionary": NAME, "feature": 3}
         ),
         ({"edits": [EDIT | {"ablate": {}, "when": {"dictionary": NAME}}]}, "edits[0].when.feature"),
         ({"read_outs": [{"dictionary": NAME, "top_k": 1.5}]}, "read_outs[0].top_k"),
+        ({"max_relative_size": "1"}, "max_relative_size"),
+        ({"max_relative_size": 1e39}, "max_relative_size"),
+        ({"max_relative_size": 1, "oversize": "cut"}, "oversize"),
+        ({"max_relative_size": 1, "oversize": ["clamp"]}, "oversize"),
         ("{", ""),
     ],
 )
@@ -222,6 +228,9 @@ def test_json_that_makes_no_sense_is_refused_by_its_path(content: Any, field: st
             InvalidRequest,
             "read_outs[0].row_bytes",
         ),
+        (Program(max_relative_size=0.0), InvalidRequest, "max_relative_size"),
+        (Program(max_relative_size=1e4), InvalidRequest, "max_relative_size"),
+        (Program(oversize=Oversize.CLAMP), InvalidRequest, "oversize"),
     ],
 )
 def test_programs_that_no_engine_could_run_are_refused(
@@ -289,6 +298,22 @@ def test_equal_programs_share_a_salt_and_unequal_ones_do_not() -> None:
     assert Program((two, one)).cache_salt(hashes, 9) == Program((one, two)).cache_salt(hashes, 9)
     assert Program().cache_salt(hashes, 9, "n") != Program().cache_salt(hashes, 9, "m")
     assert Program((one,)).cache_salt({"a": "other"}, 9) != salts[0]
+
+
+def test_a_limit_that_is_kept_has_a_salt_of_its_own_and_one_that_only_counts_has_not() -> None:
+    edits = (FeatureEdit("a", Ablate(1)),)
+    salts = [
+        Program(edits, (), *limit).cache_salt({"a": "1"}, 9)
+        for limit in (
+            (None,),
+            (0.5, Oversize.REJECT),
+            (0.5, Oversize.CLAMP),
+            (0.25, Oversize.CLAMP),
+        )
+    ]
+
+    assert len(set(salts)) == len(salts)
+    assert Program(edits, (), 0.5, Oversize.WARN).cache_salt({"a": "1"}, 9) == salts[0]
 
 
 def test_the_prompt_s_length_counts_where_phases_do() -> None:

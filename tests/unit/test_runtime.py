@@ -3,6 +3,7 @@
 With TRITON_INTERPRET=1 the same tests run through the Triton kernels instead of plain torch.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from steer_server.errors import (
     EditTooLarge,
 )
 from steer_server.generation import EditReport
-from steer_server.program import Condition, FeatureEdit, Program, ReadOut, Scope
+from steer_server.program import Condition, FeatureEdit, Oversize, Program, ReadOut, Scope
 from steer_server.program_json import to_json
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.bank import Slots
@@ -110,9 +111,9 @@ class Batch:
         content = {"program": to_json(program), "prompt_length": prompt_length}
         self.runtime.admit(name, content)
 
-    def update(self, name: str, program: Program) -> None:
+    def update(self, name: str, program: Program, first: int = 0) -> None:
         self.accounts[name].add_revision(program)
-        self.runtime.update(name, to_json(program))
+        self.runtime.update(name, to_json(program), first)
 
     def token(self, name: str, position: int) -> int:
         return hash((self.seed, name, position)) % VOCABULARY
@@ -163,7 +164,7 @@ class Batch:
 def change_at(
     saved: dict[str, Saved], program: Program, batch: Batch, name: str, site: int, position: int
 ) -> Tensor:
-    """What the program adds to the row: every edit by itself, by definition."""
+    """What the program adds to the row, if it has no limit: every edit by itself, by definition."""
     x = batch.x(name, site, position)[None]
     total = torch.zeros(D_MODEL)
     for entry in program.edits:
@@ -178,6 +179,15 @@ def change_at(
                 continue
         total += edit_delta(owner.dictionary, x, [entry.edit], [position])[0]
     return total
+
+
+def limit(program: Program, x: Tensor, change: Tensor) -> tuple[Tensor, bool]:
+    """What is left of `change` under the program's limit, and whether it is past it."""
+    most = (program.max_relative_size or math.inf) * x.norm()
+    over = bool(change.norm() > most)
+    if over and program.oversize is Oversize.CLAMP:
+        change = change * (most / change.norm())
+    return change, over
 
 
 @st.composite
@@ -207,7 +217,10 @@ def programs(draw: st.DrawFn) -> Program:
             if draw(st.integers(0, 3)) == 0:
                 when = Condition(name, draw(st.integers(0, N_FEATURES - 1)), draw(numbers))
             found.append(FeatureEdit(name, edit, scope, when))
-    return Program(tuple(found))
+    # No sum of edits is as long as these by chance.
+    most = draw(st.sampled_from([None, 0.0371, 0.7713]))
+    oversize = draw(st.sampled_from([Oversize.CLAMP, Oversize.WARN]))
+    return Program(tuple(found), (), most, oversize)
 
 
 @settings(max_examples=10 if KERNELS else 100)
@@ -236,10 +249,13 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
         for name, _, count in rows:
             done[name] += count
 
+    limited = dict.fromkeys(done, 0)
     for (name, site, position), edited in batch.edited.items():
         x = batch.x(name, site, position)
         program = Program() if name == "plain" else asked[int(name[1:])]
         change = change_at(saved, program, batch, name, site, position)
+        change, over = limit(program, x, change)
+        limited[name] += over
         if not change.any():
             assert torch.equal(edited, (x - 0.25) + 0.25)
         torch.testing.assert_close(edited, x + change, atol=1e-4, rtol=1e-4)
@@ -251,6 +267,7 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
             alone, site = Program((entry,)), saved[entry.dictionary].site
             changed = [change_at(saved, alone, batch, f"r{i}", site, p).any() for p in range(total)]
             assert report.tokens_changed == sum(map(int, changed))
+        assert batch.accounts[f"r{i}"].limited_tokens == limited[f"r{i}"]
 
 
 def test_chunks_of_one_size_are_not_taken_for_more_of_the_same(
@@ -420,6 +437,102 @@ def test_edits_too_large_for_the_model_are_left_out_and_fail_their_request(
         assert not torch.equal(hidden[2], x[2])
         with pytest.raises(EditTooLarge, match="smaller strengths"):
             account.take()
+
+
+def test_a_token_past_its_programs_limit_fails_its_own_request_and_says_by_how_much(
+    runtime: Runtime,
+) -> None:
+    batch = Batch(runtime, 5)
+    edit = FeatureEdit("t", AddRelative(1, 0.75), Scope(positions=frozenset({3})))
+    batch.admit("r", 6, Program((edit,), (), 0.5))
+    batch.admit("fine", 6, Program((edit,), (), 0.8))
+    batch.step([("r", 0, 2), ("fine", 0, 2)])
+    before = batch.x("r", 0, 3)
+
+    with pytest.raises(EditTooLarge, match=r"at position 3 .* 0\.75 times .* is 0\.5; .*clamp"):
+        batch.step([("fine", 2, 3), ("r", 2, 3)])
+
+    assert torch.equal(batch.edited["r", 0, 3], (before - 0.25) + 0.25)
+    moved = batch.edited["fine", 0, 3] - batch.x("fine", 0, 3)
+    assert moved.norm() == pytest.approx(0.75 * batch.x("fine", 0, 3).norm())
+    assert batch.accounts["fine"].limited_tokens == 0
+
+
+def test_each_revision_has_its_own_limit_and_reports_what_was_added(runtime: Runtime) -> None:
+    batch = Batch(runtime, 5)
+    edits = (FeatureEdit("t", AddRelative(1, 0.6)), FeatureEdit("t", AddRelative(2, -0.6)))
+    batch.admit("r", 2, Program(edits))
+    batch.step([("r", 0, 2)])
+    batch.update("r", Program(edits, (), 0.1, Oversize.CLAMP))
+    batch.step([("r", 2, 1)])
+    batch.update("r", Program(edits, (), 0.1, Oversize.WARN))
+    batch.step([("r", 3, 1)])
+    # A recompute clamps again, and counts nothing twice.
+    batch.step([("r", 0, 5)])
+
+    moved = [
+        float((batch.edited["r", 0, p] - batch.x("r", 0, p)).norm() / batch.x("r", 0, p).norm())
+        for p in range(5)
+    ]
+    whole = moved[1]
+    assert moved == pytest.approx([0.0, whole, 0.1, whole, whole], rel=1e-4, abs=1e-6)
+    sizes = [report.max_relative_size for report in batch.close("r", 5)]
+    assert sizes == pytest.approx([0.6] * 2 + [0.6 * 0.1 / whole] * 2 + [0.6] * 2, rel=1e-4)
+    assert batch.accounts["r"].limited_tokens == 3
+
+
+def test_a_limit_leaves_no_trace_for_the_next_batch(runtime: Runtime) -> None:
+    batch = Batch(runtime, 5)
+    edits = (FeatureEdit("t", AddRelative(1, 0.6)),)
+    batch.admit("r", 2, Program(edits, (), 0.1, Oversize.CLAMP))
+    batch.step([("r", 0, 2)])
+    batch.runtime.forget(["r"])
+    batch.admit("s", 2, Program(edits))
+    batch.step([("s", 0, 2)])
+
+    moved = batch.edited["s", 0, 1] - batch.x("s", 0, 1)
+    assert moved.norm() == pytest.approx(0.6 * batch.x("s", 0, 1).norm())
+
+
+def test_an_update_holds_from_the_row_it_names_within_a_chunk(
+    runtime: Runtime, saved: dict[str, Saved]
+) -> None:
+    batch = Batch(runtime, 1)
+    first = Program((FeatureEdit("t", Add(1, 2.0)),), (ReadOut("t", top_k=2),))
+    second = Program((FeatureEdit("t", Add(2, -3.0)),), (ReadOut("t", features=(3,)),) * 2)
+    batch.admit("r", 6, first)
+    batch.update("r", second, 5)
+    batch.step([("r", 0, 6)])
+    batch.step([("r", 6, 1)])
+
+    for position in range(7):
+        held = first if position < 5 else second
+        expected = batch.x("r", 0, position) + change_at(saved, held, batch, "r", 0, position)
+        torch.testing.assert_close(batch.edited["r", 0, position], expected)
+    applied = [entry for result in batch.results["r"] for entry in result.applied]
+    assert applied == [(1, 5)]
+    read = [(r.read_out, *r.positions) for s in batch.results["r"] for r in s.rows]
+    assert sorted(read) == [(0, 0, 1, 2, 3, 4), (0, 5), (0, 6), (1, 5), (1, 6)]
+    assert [report.tokens_in_scope for report in batch.close("r", 7)] == [4, 2]
+
+
+def test_an_update_that_would_begin_behind_a_later_one_never_holds(
+    runtime: Runtime, saved: dict[str, Saved]
+) -> None:
+    batch = Batch(runtime, 1)
+    programs = [Program((FeatureEdit("t", Add(i, 2.0)),)) for i in range(4)]
+    batch.admit("r", 6, programs[0])
+    for program, first in zip(programs[1:], (5, 2, 4), strict=True):
+        batch.update("r", program, first)
+    batch.step([("r", 0, 6)])
+
+    for position in range(6):
+        held = programs[0 if position < 2 else 2 if position < 4 else 3]
+        expected = batch.x("r", 0, position) + change_at(saved, held, batch, "r", 0, position)
+        torch.testing.assert_close(batch.edited["r", 0, position], expected)
+    applied = [entry for result in batch.results["r"] for entry in result.applied]
+    assert applied == [(1, 2), (2, 2), (3, 4)]
+    assert [report.tokens_in_scope for report in batch.close("r", 6)] == [1, 0, 2, 2]
 
 
 def test_two_read_outs_of_one_request_do_not_shift_into_a_neighbour(
