@@ -7,13 +7,19 @@
     - PromptTooLong
     - EditTooLarge
   x DictionaryNotFound
+  x SessionNotFound
+  x NameTaken
   x DictionaryMismatch
+  x DictionaryInUse
   x CorruptDictionary
   x Overloaded
+  x OutOfMemory
   x EngineUnavailable
   x EditNotApplied
   x UnsupportedVllm
   x WrongState
+  x SessionClosed
+  x NotConfigured
   x InvalidConfig
 """
 
@@ -55,8 +61,24 @@ class DictionaryNotFound(SteerError):
         self.name = name
 
 
+class SessionNotFound(SteerError):
+    """No session of that name is open."""
+
+    def __init__(self, message: str, *, name: str = "", field: str = "") -> None:
+        super().__init__(message, field=field)
+        self.name = name
+
+
+class NameTaken(SteerError):
+    """A dictionary of that name is resident, or on its way in or out."""
+
+
 class DictionaryMismatch(SteerError):
     """The dictionary is sound but not for this model or site, or lacks what was asked of it."""
+
+
+class DictionaryInUse(SteerError):
+    """Running requests name the dictionary, so it cannot go."""
 
 
 class CorruptDictionary(SteerError):
@@ -65,6 +87,10 @@ class CorruptDictionary(SteerError):
 
 class Overloaded(SteerError):
     """No room now; the same request may succeed later."""
+
+
+class OutOfMemory(SteerError):
+    """What was asked for does not fit memory; nothing was loaded."""
 
 
 class EngineUnavailable(SteerError):
@@ -81,6 +107,14 @@ class UnsupportedVllm(SteerError):
 
 class WrongState(SteerError):
     """The session cannot do that now: a turn runs, or none does."""
+
+
+class SessionClosed(SteerError):
+    """An operator has closed the session."""
+
+
+class NotConfigured(SteerError):
+    """The server was started without the setting that this needs."""
 
 
 class InvalidConfig(SteerError):

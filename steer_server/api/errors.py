@@ -10,6 +10,7 @@ from steer_server import errors
 DOMAIN = "steer"
 RETRY_SECONDS = 1
 DICTIONARY_TYPE = "steer.v1.Dictionary"
+SESSION_TYPE = "steer.v1.SessionInfo"
 
 _Code = grpc.StatusCode
 _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
@@ -18,13 +19,19 @@ _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
     errors.ConflictingEdits: (_Code.INVALID_ARGUMENT, "CONFLICTING_EDITS"),
     errors.PromptTooLong: (_Code.INVALID_ARGUMENT, "PROMPT_TOO_LONG"),
     errors.DictionaryNotFound: (_Code.NOT_FOUND, "DICTIONARY_NOT_FOUND"),
+    errors.SessionNotFound: (_Code.NOT_FOUND, "SESSION_NOT_FOUND"),
+    errors.NameTaken: (_Code.ALREADY_EXISTS, "NAME_TAKEN"),
     errors.DictionaryMismatch: (_Code.FAILED_PRECONDITION, "DICTIONARY_MISMATCH"),
+    errors.DictionaryInUse: (_Code.FAILED_PRECONDITION, "DICTIONARY_IN_USE"),
     errors.CorruptDictionary: (_Code.DATA_LOSS, "CORRUPT_DICTIONARY"),
     errors.Overloaded: (_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    errors.OutOfMemory: (_Code.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     errors.EngineUnavailable: (_Code.UNAVAILABLE, "ENGINE_UNAVAILABLE"),
     errors.EditNotApplied: (_Code.INTERNAL, "NOT_APPLIED"),
     errors.UnsupportedVllm: (_Code.FAILED_PRECONDITION, "UNSUPPORTED_VLLM"),
     errors.WrongState: (_Code.FAILED_PRECONDITION, "WRONG_STATE"),
+    errors.SessionClosed: (_Code.ABORTED, "SESSION_CLOSED"),
+    errors.NotConfigured: (_Code.FAILED_PRECONDITION, "NOT_CONFIGURED"),
     errors.InvalidConfig: (_Code.FAILED_PRECONDITION, "INVALID_CONFIG"),
 }
 
@@ -68,16 +75,18 @@ def _advice(error: errors.SteerError, reason: str) -> list[Message]:
             field=error.field, description=str(error)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, errors.DictionaryNotFound):
+    if isinstance(error, errors.DictionaryNotFound | errors.SessionNotFound):
+        session = isinstance(error, errors.SessionNotFound)
+        resource_type = SESSION_TYPE if session else DICTIONARY_TYPE
         resource = error_details_pb2.ResourceInfo(
-            resource_type=DICTIONARY_TYPE, resource_name=error.name, description=str(error)
+            resource_type=resource_type, resource_name=error.name, description=str(error)
         )
         details.append(resource)
     if isinstance(error, errors.Overloaded | errors.EngineUnavailable):
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.seconds = RETRY_SECONDS
         details.append(retry)
-    if isinstance(error, errors.DictionaryMismatch | errors.WrongState):
+    if classify(type(error))[0] is _Code.FAILED_PRECONDITION:
         failure = error_details_pb2.PreconditionFailure.Violation(
             type=reason, subject=error.field, description=str(error)
         )
