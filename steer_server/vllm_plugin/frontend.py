@@ -13,7 +13,14 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from steer_server.admission import check, check_revisions, check_scopes, parse, wire
+from steer_server.admission import (
+    MAX_UPDATES,
+    check,
+    check_revisions,
+    check_scopes,
+    parse,
+    wire,
+)
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
 from steer_server.errors import InvalidRequest, Overloaded
@@ -25,7 +32,6 @@ from steer_server.vllm_plugin.report import StepReport
 
 LIVE = "steer_live"
 """In `extra_args` beside the program of a request that may be updated while it runs."""
-MAX_REVISIONS = 256
 
 
 class Frontend:
@@ -101,9 +107,9 @@ class Frontend:
             raise InvalidRequest(
                 f"generation {name!r} is not live or has ended; its edits cannot change"
             )
-        if len(account.programs) > MAX_REVISIONS:
+        if len(account.programs) > MAX_UPDATES:
             raise Overloaded(
-                f"a generation takes at most {MAX_REVISIONS} updates; go on in a new one"
+                f"a generation takes at most {MAX_UPDATES} updates; go on in a new one"
             )
         check(program, self.dictionaries)
         program = program.resolve(account.prompt_length)

@@ -46,6 +46,10 @@ class RequestState:
     )
     """The edits of segments as the sites want them; kept by `layout`."""
 
+    def names(self, dictionary: str) -> bool:
+        """Whether any of its programs names the dictionary."""
+        return any(dictionary in p.dictionaries() for p in (*self.programs, *self.waiting))
+
     def begin(self, start: int) -> tuple[list[RevisionStart], list[tuple[int, int]]]:
         """A step computes this request's rows from `start` on: waiting updates take hold here.
 
