@@ -47,6 +47,8 @@ class ServerConfig:
     model: str
     """Hugging Face folder or hub id."""
     dictionaries: tuple[DictionarySource, ...] = ()
+    dictionary_root: Path | None = None
+    """Folder whose dictionaries may be loaded while the server runs; None: none may."""
     sites: tuple[Site, ...] = ()
     """Where the model can be read and edited; empty: the sites of the dictionaries."""
     watch: tuple[tuple[str, int], ...] = ()
@@ -81,7 +83,7 @@ class ServerConfig:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)} | lists
         # A TOML value of these kinds is written as in JSON.
         return "".join(
-            f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+            f"{key} = {json.dumps(value, ensure_ascii=False, default=str)}\n"
             for key, value in values.items()
             if value is not None
         )
@@ -108,6 +110,11 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="[NAME=]FOLDER",
         help="load a dictionary; repeat for more (default name: the one its card has)",
+    )
+    model.add_argument(
+        "--dictionary-root",
+        metavar="FOLDER",
+        help="dictionaries in it may be loaded while the server runs (default: none may)",
     )
     model.add_argument(
         "--site",
@@ -243,6 +250,13 @@ def _sources(key: str, value: Any) -> tuple[DictionarySource, ...]:
     return tuple(found)
 
 
+def _folder(key: str, value: Any) -> Path:
+    folder = Path(_text(key, value))
+    if not folder.is_dir():
+        raise InvalidConfig(f"{value!r} is not a folder", field=key)
+    return folder
+
+
 def _sites(key: str, value: Any) -> tuple[Site, ...]:
     try:
         sites = tuple(Site.parse(text) for text in _list(key, value))
@@ -278,6 +292,7 @@ _KEYS = {entry.name for entry in fields(ServerConfig)}
 _CHECKS = {
     "model": _text,
     "dictionaries": _sources,
+    "dictionary_root": _folder,
     "sites": _sites,
     "watch": _watch,
     "host": _text,

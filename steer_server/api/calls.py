@@ -21,6 +21,7 @@ from steer_server.metrics import Metrics
 _log = logging.getLogger(__name__)
 _request_id: ContextVar[str] = ContextVar("request_id")
 _OURS = "steer.v1."
+MAX_REQUEST_BYTES = 4 << 20
 
 
 def request_id() -> str:
@@ -38,6 +39,11 @@ class Gate:
         self.idle.set()
         self._limit = limit
         self._running = 0
+
+    @property
+    def running(self) -> int:
+        """Calls that were admitted and have not ended."""
+        return self._running
 
     def enter(self) -> None:
         if self.draining.is_set():

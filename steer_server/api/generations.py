@@ -6,11 +6,11 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import cast
 
-import numpy as np
-
 from steer_server.api.edits import op_of
+from steer_server.api.uses import Uses
+from steer_server.api.watch import Watch
 from steer_server.api.wire import ResolvedRequest
-from steer_server.errors import EditNotApplied, InvalidRequest, WrongState
+from steer_server.errors import DictionaryNotFound, EditNotApplied, InvalidRequest, WrongState
 from steer_server.generation import ActivationRows, Engine, Finish, Generation, StepOutput
 from steer_server.metrics import Metrics
 from steer_server.program import FeatureEdit, Program, ReadOut
@@ -31,16 +31,14 @@ class Generations:
         self.engine = engine
         self.registry = registry
         self.metrics = metrics
-        self._hidden = tuple(
-            ReadOut(name, features=tuple(features), complete=False)
-            for name, features in watch.items()
-        )
+        self.watch = Watch(metrics, registry, watch)
+        self.uses = Uses()
 
     def begin(
         self, rpc: str, request_id: str, request: ResolvedRequest, live: bool = False
     ) -> "Run":
         """The generation, not yet running; `rpc` names it in metrics."""
-        return Run(self.engine, self.metrics, self._hidden, rpc, request_id, request, live)
+        return Run(self, rpc, request_id, request, live)
 
 
 class Run:
@@ -48,9 +46,7 @@ class Run:
 
     def __init__(
         self,
-        engine: Engine,
-        metrics: Metrics,
-        hidden: Sequence[ReadOut],
+        generations: Generations,
         rpc: str,
         request_id: str,
         request: ResolvedRequest,
@@ -59,11 +55,17 @@ class Run:
         self.request_id = request_id
         self.prompt_length = len(request.prompt_token_ids)
         self.generated = 0
-        self._engine = engine
-        self._metrics = metrics
+        self._engine = generations.engine
+        self._metrics = generations.metrics
+        self._watch = generations.watch
+        self._registry = generations.registry
+        self._uses = generations.uses
         self._rpc = rpc
         self._visible = len(request.program.read_outs)
+        hidden = self._watch.read_outs()
         program = replace(request.program, read_outs=(*request.program.read_outs, *hidden))
+        self._dictionaries = {name: self._registry.get(name) for name in program.dictionaries()}
+        self._use = set(self._dictionaries)
         self._programs = {0: program}
         self._asked = program
         """Of the last update, whose revision is known only when the engine answers."""
@@ -84,6 +86,16 @@ class Run:
 
     async def outputs(self) -> AsyncGenerator[StepOutput, None]:
         """The engine's outputs without the rows that nobody asked for."""
+        # It may have been unloaded while the client took its time over the first response.
+        for name, stored in self._dictionaries.items():
+            if not self._registry.holds(name, stored):
+                raise DictionaryNotFound(f"dictionary {name!r} was unloaded", name=name)
+        with self._uses.hold(self._use):
+            async with aclosing(self._outputs()) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def _outputs(self) -> AsyncGenerator[StepOutput, None]:
         # Closing is part of the engine's contract; its return type leaves that out.
         steps = cast(AsyncGenerator[StepOutput, None], self._engine.generate(self._generation))
         reason = "abort"
@@ -109,6 +121,7 @@ class Run:
     async def update(self, edits: tuple[FeatureEdit, ...]) -> int:
         """Replaces the edits and returns their revision; WrongState if the generation has ended."""
         self._asked = program = Program(edits, self._programs[0].read_outs)
+        self._use |= program.dictionaries()
         try:
             revision = await self._engine.update(self.request_id, program)
         except InvalidRequest as error:
@@ -132,15 +145,10 @@ class Run:
             metrics.encode_seconds.labels(name).observe(seconds)
         for rows in output.activations:
             if rows.read_out >= self._visible:
-                self._observe_watched(rows)
+                self._watch.observe(rows)
             self._observe_active(rows)
         if output.finish:
             self._observe_reports(output.finish)
-
-    def _observe_watched(self, rows: ActivationRows) -> None:
-        for feature in np.unique(rows.features):
-            values = rows.values[rows.features == feature]
-            self._metrics.feature_activation.observe((rows.dictionary, str(feature)), values)
 
     def _observe_active(self, rows: ActivationRows) -> None:
         """Counts a row once, however many read-outs of its dictionary it is in."""

@@ -13,6 +13,7 @@ from steer_server.api.calls import Gate
 from steer_server.api.edits import read_edits, write_edits
 from steer_server.api.errors import reason_of, status_of
 from steer_server.api.generations import Generations, Run
+from steer_server.api.sessions import OpenSession
 from steer_server.api.wire import admit, limits, read_generation
 from steer_server.errors import EngineUnavailable, InvalidRequest, SteerError, WrongState
 from steer_server.generation import Finish, FinishReason, RevisionApplied, StepOutput
@@ -42,11 +43,11 @@ class _Turn:
 class Session:
     """One bidirectional stream. Commands and outputs are merged as they come; none is lost."""
 
-    def __init__(self, generations: Generations, gate: Gate, session_id: str) -> None:
+    def __init__(self, generations: Generations, gate: Gate, entry: OpenSession) -> None:
         self._generations = generations
         self._gate = gate
-        self._id = session_id
-        self._turns = 0
+        self._entry = entry
+        self._id = entry.session_id
         self._turn: _Turn | None = None
 
     async def run(
@@ -58,9 +59,13 @@ class Session:
         """
         command: asyncio.Task[steering_pb2.SessionRequest | None] | None = _pull(commands)
         draining = asyncio.ensure_future(self._gate.draining.wait())
+        closed = asyncio.ensure_future(self._entry.closed.wait())
         try:
             while command or self._turn:
-                await self._something(command, draining)
+                await self._something(command, draining, closed)
+                self._entry.touch()
+                if closed.done():
+                    raise self._entry.error()
                 # Outputs first: a turn that has ended cannot be updated any more.
                 if self._turn and self._turn.next_output.done():
                     for response in await self._on_output(self._turn):
@@ -73,16 +78,19 @@ class Session:
                 if draining.done() and not self._turn:
                     raise EngineUnavailable("the server is shutting down; the session ends")
         finally:
-            await _stop(draining, *([command] if command else []))
+            await _stop(draining, closed, *([command] if command else []))
             if self._turn:
                 await self._close(self._turn)
 
     async def _something(
-        self, command: asyncio.Task | None, draining: asyncio.Task[Literal[True]]
+        self,
+        command: asyncio.Task | None,
+        draining: asyncio.Task[Literal[True]],
+        closed: asyncio.Task[Literal[True]],
     ) -> None:
-        """Waits for a command or an output; with no turn running, for the server's end too."""
+        """Waits for a command, an output or the session's end; with no turn running, for the server's end too."""
         ending = self._turn.next_output if self._turn else draining
-        waiting = {task for task in (command, ending) if task}
+        waiting = {task for task in (command, ending, closed) if task}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
 
     async def _on_command(self, message: steering_pb2.SessionRequest) -> list[_Response]:
@@ -109,11 +117,12 @@ class Session:
             raise InvalidRequest("required", field="start_turn.generation")
         engine, registry = self._generations.engine, self._generations.registry
         request = read_generation(message.generation, engine, registry, "start_turn.generation")
-        self._turns += 1
-        name = f"{self._id}-{self._turns}"
+        self._entry.turns += 1
+        name = f"{self._id}-{self._entry.turns}"
         run = self._generations.begin("Session", name, request, live=True)
         outputs = run.outputs()
         self._turn = _Turn(run, outputs, _pull(outputs))
+        self._entry.generating = True
         return _Response(turn_started=events.started(name, request, engine.tokenizer))
 
     async def _update(self, message: steering_pb2.UpdateEdits) -> list[_Response]:
@@ -189,7 +198,7 @@ class Session:
         return _Response(update_rejected=rejected)
 
     async def _close(self, turn: _Turn) -> None:
-        self._turn = None
+        self._turn, self._entry.generating = None, False
         await _stop(turn.next_output)
         await turn.outputs.aclose()
 

@@ -10,6 +10,7 @@ from steer_server.api import events
 from steer_server.api.calls import Gate, request_id
 from steer_server.api.generations import Generations
 from steer_server.api.session import Session
+from steer_server.api.sessions import Sessions
 from steer_server.api.wire import read_generation
 from steer_server.errors import InvalidRequest
 
@@ -17,9 +18,10 @@ _Context = grpc.aio.ServicerContext
 
 
 class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
-    def __init__(self, generations: Generations, gate: Gate) -> None:
+    def __init__(self, generations: Generations, gate: Gate, sessions: Sessions) -> None:
         self._generations = generations
         self._gate = gate
+        self._sessions = sessions
 
     async def GenerateStream(
         self, request: steering_pb2.GenerateStreamRequest, context: _Context
@@ -44,7 +46,8 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         request_iterator: AsyncIterator[steering_pb2.SessionRequest],
         context: _Context,
     ) -> AsyncGenerator[steering_pb2.SessionResponse, None]:
-        session = Session(self._generations, self._gate, request_id())
-        async with aclosing(session.run(request_iterator)) as responses:
-            async for response in responses:
-                yield response
+        with self._sessions.enter(request_id()) as entry:
+            session = Session(self._generations, self._gate, entry)
+            async with aclosing(session.run(request_iterator)) as responses:
+                async for response in responses:
+                    yield response

@@ -186,13 +186,8 @@ def _read_selection(
                 )
             return {"top_k": min(message.top_k, stored.card.n_features)}
         case "features":
-            features = tuple(message.features.features)
             where = f"{path}.features.features"
-            if not 1 <= len(features) <= MAX_FEATURES:
-                raise InvalidRequest(f"{len(features)} features; 1 to {MAX_FEATURES}", field=where)
-            for index, feature in enumerate(features):
-                check_feature(feature, stored, f"{where}[{index}]")
-            return {"features": features}
+            return {"features": read_features(message.features.features, stored, where)}
         case "above":
             threshold = finite(message.above.threshold, field=f"{path}.above.threshold")
             if not message.above.HasField("row_bytes"):
@@ -200,6 +195,17 @@ def _read_selection(
             return {"above": threshold, "row_bytes": message.above.row_bytes}
         case _:
             raise InvalidRequest("set one of top_k, features and above", field=f"{path}.selection")
+
+
+def read_features(features: Sequence[int], stored: StoredDictionary, path: str) -> tuple[int, ...]:
+    """1 to MAX_FEATURES different ones of the dictionary."""
+    if not 1 <= len(features) <= MAX_FEATURES:
+        raise InvalidRequest(f"{len(features)} features; 1 to {MAX_FEATURES}", field=path)
+    for index, feature in enumerate(features):
+        check_feature(feature, stored, f"{path}[{index}]")
+    if len(set(features)) < len(features):
+        raise InvalidRequest("names a feature twice", field=path)
+    return tuple(features)
 
 
 _PROTO_NAMES = {
