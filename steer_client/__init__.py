@@ -1,5 +1,6 @@
 """Python client and command line for a steer server."""
 
+from steer_client.admin import AdminClient
 from steer_client.client import LiveSession, SteerClient, rejection
 from steer_client.edits import (
     Feature,
@@ -18,6 +19,7 @@ from steer_client.errors import CallFailed
 from steer_client.rows import Row, rows
 
 __all__ = [
+    "AdminClient",
     "CallFailed",
     "Feature",
     "LiveSession",

@@ -1,7 +1,7 @@
 """A client whose calls take Python values and give protos."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import grpc
 from google.rpc import status_pb2
@@ -11,14 +11,21 @@ from steer.v1 import (
     dictionaries_pb2,
     dictionaries_pb2_grpc,
     edits_pb2,
+    info_pb2,
+    info_pb2_grpc,
     prompt_pb2,
     steering_pb2,
     steering_pb2_grpc,
 )
 
+from steer_client.admin import AdminClient
 from steer_client.errors import CallFailed, calls
 
 DEFAULT_TARGET = "localhost:50051"
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+Aggregate = Literal["mean", "max", "sum", "frequency"]
 
 GenerationEvent = steering_pb2.Started | steering_pb2.Tokens | steering_pb2.Finished
 SessionEvent = GenerationEvent | steering_pb2.UpdateApplied | steering_pb2.UpdateRejected
@@ -40,6 +47,8 @@ class SteerClient:
         self._steering = steering_pb2_grpc.SteeringServiceStub(self._channel)
         self._activations = activations_pb2_grpc.ActivationServiceStub(self._channel)
         self._dictionaries = dictionaries_pb2_grpc.DictionaryServiceStub(self._channel)
+        self._info = info_pb2_grpc.ServerInfoServiceStub(self._channel)
+        self.admin = AdminClient(self._channel, timeout)
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,8 +69,117 @@ class SteerClient:
         with calls():
             return (await self._dictionaries.GetFeature(request, timeout=self._timeout)).feature
 
+    async def info(self) -> info_pb2.GetServerInfoResponse:
+        """What the server is and can do."""
+        request = info_pb2.GetServerInfoRequest()
+        with calls():
+            return await self._info.GetServerInfo(request, timeout=self._timeout)
+
+    async def dictionary(self, name: str) -> dictionaries_pb2.Dictionary:
+        """One resident dictionary."""
+        request = dictionaries_pb2.GetDictionaryRequest(dictionary=name)
+        with calls():
+            response = await self._dictionaries.GetDictionary(request, timeout=self._timeout)
+        return response.dictionary
+
+    async def features(
+        self, dictionary: str, features: Sequence[int]
+    ) -> list[dictionaries_pb2.Feature]:
+        """What is known of up to 256 features, in their order."""
+        request = dictionaries_pb2.BatchGetFeaturesRequest(dictionary=dictionary, features=features)
+        with calls():
+            response = await self._dictionaries.BatchGetFeatures(request, timeout=self._timeout)
+        return list(response.features)
+
+    async def search(
+        self, query: str, *, dictionary: str = "", evidence: bool = False, page_size: int = 0
+    ) -> AsyncGenerator[dictionaries_pb2.FeatureMatch, None]:
+        """Features whose label has the words, best first; `evidence` looks at their tokens, too.
+
+        Pages are fetched as they are needed.
+        """
+        request = dictionaries_pb2.SearchFeaturesRequest(
+            query=query, dictionary=dictionary, page_size=page_size
+        )
+        if evidence:
+            request.search_in = dictionaries_pb2.SEARCH_IN_EVIDENCE
+        while True:
+            with calls():
+                page = await self._dictionaries.SearchFeatures(request, timeout=self._timeout)
+            for match in page.matches:
+                yield match
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                return
+
+    async def nearest(
+        self, feature: tuple[str, int], *, among: str = "", top_k: int = 0
+    ) -> list[dictionaries_pb2.FeatureMatch]:
+        """Features whose decoder rows point the way of this one's, by default of its own dictionary."""
+        request = dictionaries_pb2.NearestFeaturesRequest(
+            dictionary=feature[0], feature=feature[1], among=among, top_k=top_k
+        )
+        with calls():
+            response = await self._dictionaries.NearestFeatures(request, timeout=self._timeout)
+        return list(response.matches)
+
+    async def inspect(
+        self,
+        prompts: Sequence[Prompt],
+        dictionary: str,
+        *,
+        aggregate: Aggregate = "mean",
+        top_k: int = 0,
+        include_first: bool = False,
+    ) -> activations_pb2.InspectResponse:
+        """The features that the texts have most of."""
+        request = activations_pb2.InspectRequest(
+            prompts=map(_prompt, prompts),
+            dictionary=dictionary,
+            aggregate=_AGGREGATES[aggregate],
+            top_k=top_k,
+            include_first=include_first,
+        )
+        with calls():
+            return await self._activations.Inspect(request, timeout=self._timeout)
+
+    async def contrast(
+        self,
+        positive: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        dictionary: str,
+        *,
+        aggregate: Aggregate = "mean",
+        top_k: int = 0,
+        include_first: bool = False,
+    ) -> activations_pb2.ContrastResponse:
+        """The features that one set of texts has more of than the other."""
+        request = activations_pb2.ContrastRequest(
+            positive=map(_prompt, positive),
+            negative=map(_prompt, negative),
+            dictionary=dictionary,
+            aggregate=_AGGREGATES[aggregate],
+            top_k=top_k,
+            include_first=include_first,
+        )
+        with calls():
+            return await self._activations.Contrast(request, timeout=self._timeout)
+
+    async def watch_stats(
+        self, interval_seconds: float = 1.0
+    ) -> AsyncGenerator[activations_pb2.WatchStatsResponse, None]:
+        """How the watched features do, every so often, until it is closed."""
+        request = activations_pb2.WatchStatsRequest(interval_seconds=interval_seconds)
+        call = self._activations.WatchStats(request)
+        try:
+            with calls():
+                async for response in call:
+                    yield response
+        finally:
+            call.cancel()
+
     async def encode(
-        self, prompt: str | Sequence[int], read_outs: Sequence[activations_pb2.ReadOut]
+        self, prompt: Prompt, read_outs: Sequence[activations_pb2.ReadOut]
     ) -> AsyncGenerator[activations_pb2.EncodeResponse, None]:
         """The prompt's tokens, then their activations."""
         request = activations_pb2.EncodeRequest(prompt=_prompt(prompt), read_outs=read_outs)
@@ -71,7 +189,7 @@ class SteerClient:
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         edits: Sequence[edits_pb2.Edit] = (),
         read_outs: Sequence[activations_pb2.ReadOut] = (),
@@ -111,7 +229,7 @@ class LiveSession:
 
     async def start(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         edits: Sequence[edits_pb2.Edit] = (),
         read_outs: Sequence[activations_pb2.ReadOut] = (),
@@ -149,13 +267,21 @@ class LiveSession:
             await self._call.write(request)
 
 
+_AGGREGATES: dict[Aggregate, activations_pb2.Aggregate] = {
+    "mean": activations_pb2.AGGREGATE_MEAN,
+    "max": activations_pb2.AGGREGATE_MAX,
+    "sum": activations_pb2.AGGREGATE_SUM,
+    "frequency": activations_pb2.AGGREGATE_FREQUENCY,
+}
+
+
 def rejection(event: steering_pb2.UpdateRejected) -> CallFailed:
     """Why an update was rejected."""
     return CallFailed.from_status(status_pb2.Status.FromString(event.status.SerializeToString()))
 
 
 def _generation(
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     edits: Sequence[edits_pb2.Edit],
     read_outs: Sequence[activations_pb2.ReadOut],
     sampling: dict[str, Any],
@@ -168,7 +294,7 @@ def _generation(
     )
 
 
-def _prompt(prompt: str | Sequence[int]) -> prompt_pb2.Prompt:
+def _prompt(prompt: Prompt) -> prompt_pb2.Prompt:
     if isinstance(prompt, str):
         return prompt_pb2.Prompt(text=prompt)
     return prompt_pb2.Prompt(token_ids=prompt_pb2.TokenIds(ids=prompt))
