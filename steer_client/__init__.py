@@ -1,5 +1,6 @@
 """Python client and command line for a steer server."""
 
+from steer_client.admin import AdminClient
 from steer_client.channel import Tls
 from steer_client.client import LiveSession, Options, SteerClient, rejection
 from steer_client.edits import (
@@ -20,6 +21,7 @@ from steer_client.errors import CallFailed
 from steer_client.rows import Row, rows
 
 __all__ = [
+    "AdminClient",
     "CallFailed",
     "Feature",
     "LiveSession",

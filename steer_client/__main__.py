@@ -6,7 +6,7 @@ import sys
 
 import grpc
 
-from steer_client import show
+from steer_client import commands, show
 from steer_client.cli import parser, sampling_of, tls_of
 from steer_client.client import SteerClient
 from steer_client.edits import Feature, read_top
@@ -54,6 +54,8 @@ async def run(options: argparse.Namespace) -> None:
                 )
                 async for event in events:
                     out.event(event)
+            case _:
+                await commands.run(options, client, out)
 
 
 def _explain(error: CallFailed, server: str) -> int:

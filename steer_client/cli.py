@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from steer.v1 import activations_pb2, edits_pb2
@@ -18,6 +19,8 @@ examples:
   steer feature l9 17
   steer encode l9 "When Mary and John went to the store"
   steer generate "When Mary and John went to the store, John gave a drink to" --ablate l9:17
+  steer search "royal family"
+  steer contrast l9 --positive "I love it" --positive "How nice" --negative "I hate it"
   steer generate "Once upon a time" --clamp l9:17=2xmax --add l9:4=0.5norm --top l9=3
 
 a strength is a number and what it counts:
@@ -55,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("text", metavar="TEXT")
     encode.add_argument("--top", type=int, default=5, metavar="K", help="per token (default 5)")
     _add_generate(commands.add_parser("generate", parents=[common], help="generate under edits"))
+    _add_lookups(commands, common)
+    _add_administration(commands, common)
     return root
 
 
@@ -77,6 +82,69 @@ def tls_of(options: argparse.Namespace) -> Tls | None:
     """None: no flag asks for TLS."""
     files = (options.tls_ca, options.tls_cert, options.tls_key)
     return Tls(*files) if options.tls or any(files) else None
+
+
+def _add_lookups(commands: Any, common: argparse.ArgumentParser) -> None:
+    search = commands.add_parser("search", parents=[common], help="find features by words")
+    search.add_argument("query", metavar="WORDS")
+    search.add_argument("--dictionary", default="", metavar="DICT", help="default: all of them")
+    search.add_argument(
+        "--evidence",
+        action="store_true",
+        help="look at the tokens that features raise and fire on, too",
+    )
+    search.add_argument("--limit", type=_count, default=20, metavar="N", help="default 20")
+    nearest = commands.add_parser(
+        "nearest", parents=[common], help="find features with like decoder rows"
+    )
+    nearest.add_argument("dictionary", metavar="DICT")
+    nearest.add_argument("index", metavar="ID", type=int)
+    nearest.add_argument("--among", default="", metavar="DICT", help="default: the same one")
+    nearest.add_argument("--top", type=_count, default=10, metavar="K", help="default 10")
+    inspect = commands.add_parser(
+        "inspect", parents=[common], help="show what features texts have most of"
+    )
+    inspect.add_argument("dictionary", metavar="DICT")
+    inspect.add_argument("texts", nargs="+", metavar="TEXT")
+    _add_aggregate(inspect, ("mean", "max", "sum", "frequency"))
+    contrast = commands.add_parser(
+        "contrast", parents=[common], help="show what features tell two sets of texts apart"
+    )
+    contrast.add_argument("dictionary", metavar="DICT")
+    for side in ("positive", "negative"):
+        contrast.add_argument(
+            f"--{side}", action="append", required=True, metavar="TEXT", help="repeatable"
+        )
+    _add_aggregate(contrast, ("mean", "max", "frequency"))
+
+
+def _add_aggregate(command: argparse.ArgumentParser, choices: Sequence[str]) -> None:
+    command.add_argument("--by", choices=choices, default="mean", help="default mean")
+    command.add_argument("--top", type=_count, default=20, metavar="K", help="default 20")
+    command.add_argument(
+        "--include-first", action="store_true", help="count position 0, most models' outlier"
+    )
+
+
+def _add_administration(commands: Any, common: argparse.ArgumentParser) -> None:
+    commands.add_parser("info", parents=[common], help="show what the server is and can do")
+    load = commands.add_parser("load", parents=[common], help="make a dictionary resident")
+    load.add_argument("folder", metavar="FOLDER", help="in the server's dictionary_root")
+    load.add_argument("--name", default="", help="default: the one its card has")
+    unload = commands.add_parser("unload", parents=[common], help="take a dictionary away")
+    unload.add_argument("name", metavar="DICT")
+    unload.add_argument(
+        "--wait", action="store_true", help="until the requests that use it have ended"
+    )
+    sessions = commands.add_parser("sessions", parents=[common], help="list the open sessions")
+    sessions.add_argument("--close", metavar="ID", help="end this one instead")
+    commands.add_parser("drain", parents=[common], help="let running calls end, then the server")
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _add_generate(generate: argparse.ArgumentParser) -> None:

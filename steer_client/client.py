@@ -1,7 +1,7 @@
 """A client whose calls take Python values and give protos."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import Any, Self, TypedDict, Unpack, cast
+from typing import Any, Literal, Self, TypedDict, Unpack, cast
 
 from google.rpc import status_pb2
 from steer.v1 import (
@@ -10,15 +10,20 @@ from steer.v1 import (
     dictionaries_pb2,
     dictionaries_pb2_grpc,
     edits_pb2,
+    info_pb2,
+    info_pb2_grpc,
     prompt_pb2,
     steering_pb2,
     steering_pb2_grpc,
 )
 
+from steer_client.admin import AdminClient
 from steer_client.channel import Tls, call_metadata, open_channel
 from steer_client.errors import CallFailed, calls
 
 DEFAULT_TARGET = "localhost:50051"
+
+Aggregate = Literal["mean", "max", "sum", "frequency"]
 
 GenerationEvent = steering_pb2.Started | steering_pb2.Tokens | steering_pb2.Finished
 SessionEvent = (
@@ -83,6 +88,8 @@ class SteerClient:
         self._steering = steering_pb2_grpc.SteeringServiceStub(self._channel)
         self._activations = activations_pb2_grpc.ActivationServiceStub(self._channel)
         self._dictionaries = dictionaries_pb2_grpc.DictionaryServiceStub(self._channel)
+        self._info = info_pb2_grpc.ServerInfoServiceStub(self._channel)
+        self.admin = AdminClient(self._channel, timeout)
 
     async def __aenter__(self) -> Self:
         return self
@@ -102,6 +109,115 @@ class SteerClient:
         request = dictionaries_pb2.GetFeatureRequest(dictionary=feature[0], feature=feature[1])
         with calls():
             return (await self._dictionaries.GetFeature(request, **self._with)).feature
+
+    async def info(self) -> info_pb2.GetServerInfoResponse:
+        """What the server is and can do."""
+        request = info_pb2.GetServerInfoRequest()
+        with calls():
+            return await self._info.GetServerInfo(request, **self._with)
+
+    async def dictionary(self, name: str) -> dictionaries_pb2.Dictionary:
+        """One resident dictionary."""
+        request = dictionaries_pb2.GetDictionaryRequest(dictionary=name)
+        with calls():
+            response = await self._dictionaries.GetDictionary(request, **self._with)
+        return response.dictionary
+
+    async def features(
+        self, dictionary: str, features: Sequence[int]
+    ) -> list[dictionaries_pb2.Feature]:
+        """What is known of up to 256 features, in their order."""
+        request = dictionaries_pb2.BatchGetFeaturesRequest(dictionary=dictionary, features=features)
+        with calls():
+            response = await self._dictionaries.BatchGetFeatures(request, **self._with)
+        return list(response.features)
+
+    async def search(
+        self, query: str, *, dictionary: str = "", evidence: bool = False, page_size: int = 0
+    ) -> AsyncGenerator[dictionaries_pb2.FeatureMatch, None]:
+        """Features whose label has the words, best first; `evidence` looks at their tokens, too.
+
+        Pages are fetched as they are needed.
+        """
+        request = dictionaries_pb2.SearchFeaturesRequest(
+            query=query, dictionary=dictionary, page_size=page_size
+        )
+        if evidence:
+            request.search_in = dictionaries_pb2.SEARCH_IN_EVIDENCE
+        while True:
+            with calls():
+                page = await self._dictionaries.SearchFeatures(request, **self._with)
+            for match in page.matches:
+                yield match
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                return
+
+    async def nearest(
+        self, feature: tuple[str, int], *, among: str = "", top_k: int = 0
+    ) -> list[dictionaries_pb2.FeatureMatch]:
+        """Features whose decoder rows point the way of this one's, by default of its own dictionary."""
+        request = dictionaries_pb2.NearestFeaturesRequest(
+            dictionary=feature[0], feature=feature[1], among=among, top_k=top_k
+        )
+        with calls():
+            response = await self._dictionaries.NearestFeatures(request, **self._with)
+        return list(response.matches)
+
+    async def inspect(
+        self,
+        prompts: Sequence[PromptLike],
+        dictionary: str,
+        *,
+        aggregate: Aggregate = "mean",
+        top_k: int = 0,
+        include_first: bool = False,
+    ) -> activations_pb2.InspectResponse:
+        """The features that the texts have most of."""
+        request = activations_pb2.InspectRequest(
+            prompts=map(as_prompt, prompts),
+            dictionary=dictionary,
+            aggregate=_AGGREGATES[aggregate],
+            top_k=top_k,
+            include_first=include_first,
+        )
+        with calls():
+            return await self._activations.Inspect(request, **self._with)
+
+    async def contrast(
+        self,
+        positive: Sequence[PromptLike],
+        negative: Sequence[PromptLike],
+        dictionary: str,
+        *,
+        aggregate: Aggregate = "mean",
+        top_k: int = 0,
+        include_first: bool = False,
+    ) -> activations_pb2.ContrastResponse:
+        """The features that one set of texts has more of than the other."""
+        request = activations_pb2.ContrastRequest(
+            positive=map(as_prompt, positive),
+            negative=map(as_prompt, negative),
+            dictionary=dictionary,
+            aggregate=_AGGREGATES[aggregate],
+            top_k=top_k,
+            include_first=include_first,
+        )
+        with calls():
+            return await self._activations.Contrast(request, **self._with)
+
+    async def watch_stats(
+        self, interval_seconds: float = 1.0
+    ) -> AsyncGenerator[activations_pb2.WatchStatsResponse, None]:
+        """How the watched features do, every so often, until it is closed."""
+        request = activations_pb2.WatchStatsRequest(interval_seconds=interval_seconds)
+        call = self._activations.WatchStats(request, metadata=self._metadata)
+        try:
+            with calls():
+                async for response in call:
+                    yield response
+        finally:
+            call.cancel()
 
     async def encode(
         self, prompt: PromptLike, read_outs: Sequence[activations_pb2.ReadOut]
@@ -286,6 +402,14 @@ class LiveSession:
     async def _send(self, request: steering_pb2.SessionRequest) -> None:
         with calls():
             await self._call.write(request)
+
+
+_AGGREGATES: dict[Aggregate, activations_pb2.Aggregate] = {
+    "mean": activations_pb2.AGGREGATE_MEAN,
+    "max": activations_pb2.AGGREGATE_MAX,
+    "sum": activations_pb2.AGGREGATE_SUM,
+    "frequency": activations_pb2.AGGREGATE_FREQUENCY,
+}
 
 
 def rejection(event: steering_pb2.UpdateRejected) -> CallFailed:

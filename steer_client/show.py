@@ -6,7 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from steer.v1 import activations_pb2, dictionaries_pb2, steering_pb2
+from steer.v1 import (
+    activations_pb2,
+    admin_pb2,
+    dictionaries_pb2,
+    info_pb2,
+    steering_pb2,
+)
 
 from steer_client.client import GenerationEvent
 from steer_client.rows import rows
@@ -24,6 +30,10 @@ class Json:
 
     def encoded(self, response: activations_pb2.EncodeResponse) -> None:
         self._print("", response)
+
+    def found(self, message: Message) -> None:
+        """Anything that is one message."""
+        self._print("", message)
 
     def event(self, event: GenerationEvent) -> None:
         self._print(type(event).__name__.lower(), event)
@@ -76,6 +86,72 @@ class Plain:
                 for token, value in zip(example.tokens, example.activations, strict=True)
             )
             print(f"  {strongest:8.4g}  {''.join(marked)!r}")
+
+    def found(self, message: Message) -> None:
+        """Anything that is one message."""
+        match message:
+            case dictionaries_pb2.Dictionary():
+                self.dictionaries([message])
+            case dictionaries_pb2.FeatureMatch():
+                name = f"{message.dictionary}:{message.index}"
+                print(f"{message.score:6.3f}  {name}  {message.label or '(no label)'}")
+            case activations_pb2.InspectResponse():
+                self._inspected(message)
+            case activations_pb2.ContrastResponse():
+                self._contrasted(message)
+            case info_pb2.GetServerInfoResponse():
+                self._info(message)
+            case admin_pb2.SessionInfo():
+                state = "generating" if message.generating else "between turns"
+                print(
+                    f"{message.session_id}  {message.principal or '(anyone)'}  {state}, "
+                    f"{message.turns} turns, open {message.age_seconds:.0f} s, "
+                    f"idle {message.idle_seconds:.0f} s"
+                )
+            case admin_pb2.DrainResponse():
+                print(
+                    f"draining: {message.running_calls} calls run, for {message.drain_seconds} s at most"
+                )
+
+    def _inspected(self, response: activations_pb2.InspectResponse) -> None:
+        print("   feature      mean       max  frequency  label")
+        for entry in response.features:
+            print(
+                f"{entry.feature:10d}  {entry.mean:8.4g}  {entry.max:8.4g}  {entry.frequency:9.1%}  "
+                f"{entry.label or '(no label)'}"
+            )
+        print(f"{response.tokens} tokens", file=sys.stderr)
+
+    def _contrasted(self, response: activations_pb2.ContrastResponse) -> None:
+        print("   feature  difference  positive  negative  label")
+        for entry in (*response.positive, *response.negative):
+            print(
+                f"{entry.feature:10d}  {entry.difference:+10.4g}  {entry.positive:8.4g}  "
+                f"{entry.negative:8.4g}  {entry.label or '(no label)'}"
+            )
+        print(
+            f"{response.positive_tokens} positive tokens, {response.negative_tokens} negative ones",
+            file=sys.stderr,
+        )
+
+    def _info(self, info: info_pb2.GetServerInfoResponse) -> None:
+        tested = "passed" if info.self_test_passed else "not run"
+        print(
+            f"steer {info.version}, vLLM {info.vllm_version}, up {info.uptime_seconds:.0f} s, "
+            f"self-test {tested}"
+        )
+        limits = info.limits
+        print(
+            f"{info.model}: d_model {info.d_model}, {info.vocab_size} tokens, context "
+            f"{limits.max_model_len}, {limits.max_num_seqs} requests at once"
+        )
+        for site in info.sites:
+            print(f"  {site.site}: {site.slots_used} of {site.slots} edit slots in use")
+        self.dictionaries(info.dictionaries)
+        print(
+            f"a request may have {limits.edits} edits ({', '.join(info.edit_kinds)}) and "
+            f"{limits.read_outs} read-outs"
+        )
 
     def encoded(self, response: activations_pb2.EncodeResponse) -> None:
         self._pieces += response.tokens.pieces

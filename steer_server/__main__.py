@@ -1,7 +1,6 @@
 """`steer-server`: a model with its dictionaries, served until a signal."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -12,11 +11,15 @@ from pathlib import Path
 import uvloop
 
 from steer_server import __version__, logs
+from steer_server.api.admin import Operations
 from steer_server.api.auth import TokenFile, new_token
 from steer_server.api.generations import Generations
 from steer_server.api.interceptor import Policy
+from steer_server.api.presets import Presets
 from steer_server.api.server import Server, address
+from steer_server.api.session import SessionLimits
 from steer_server.api.tls import tls_files
+from steer_server.api.wire import Served, read_preset
 from steer_server.config import ServerConfig, resolve
 from steer_server.errors import EngineUnavailable, InvalidConfig, SteerError
 from steer_server.flags import parser, token_parser
@@ -108,6 +111,7 @@ async def serve(
     policy = policy_of(config)
     registry = load_registry(config)
     watch = resolve_watch(config.watch, registry)
+    presets = Presets.load(config.presets) if config.presets else Presets()
     metrics = Metrics(config.model, registry, watch)
     server = Server(metrics, policy)
     port = server.bind(config.host, config.port, tls)
@@ -122,7 +126,13 @@ async def serve(
     engine = await start(config, registry)
     try:
         metrics.watch_engine(engine)
-        await server.start(Generations(engine, registry, metrics, watch))
+        generations = Generations(engine, registry, metrics, watch, presets)
+        check_presets(generations.served)
+        await server.start(
+            generations,
+            Operations(config.dictionary_root, config.drain_seconds),
+            SessionLimits(config.session_idle_seconds, config.session_max_seconds),
+        )
         await server.open()
         print(
             f"steer {__version__} serving {config.model} on {address(config.host, port)}, "
@@ -145,6 +155,15 @@ def policy_of(config: ServerConfig) -> Policy:
         slow_reader_seconds=config.slow_reader_seconds,
         tokens=TokenFile(config.auth_tokens) if config.auth_tokens else None,
     )
+
+
+def check_presets(served: Served) -> None:
+    """InvalidConfig if a request could not use one."""
+    for name, preset in served.presets:
+        try:
+            read_preset(preset.edits, served)
+        except SteerError as error:
+            raise InvalidConfig(f"{error.field}: {error}", field=f"presets.{name}") from error
 
 
 def load_registry(config: ServerConfig) -> Registry:
@@ -174,24 +193,38 @@ def resolve_watch(
 
 
 async def _until_signal(server: Server, engine: Engine, drain_seconds: float) -> None:
-    """Returns when the server has drained after a signal, at once after a second one."""
+    """Returns when the server has drained after a signal or a Drain call, at once after a signal more."""
     signals = asyncio.Queue[None]()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, None)
-    while signals.empty():
-        if not engine.alive:
-            await server.fail()
-            raise EngineUnavailable("the engine has died; its log says why")
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(signals.get(), _ENGINE_CHECK_SECONDS)
-            break
-    print(f"draining, {drain_seconds} s at most; a second signal stops at once", flush=True)
-    drained = asyncio.ensure_future(server.drain(drain_seconds))
-    hurried = asyncio.ensure_future(signals.get())
-    await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
-    for task in (drained, hurried):
-        task.cancel()
+    first: asyncio.Future[None] = asyncio.ensure_future(signals.get())
+    called = asyncio.ensure_future(server.draining.wait())
+    tasks: set[asyncio.Future] = {first, called}
+    try:
+        while not first.done() and not called.done():
+            if not engine.alive:
+                await server.fail()
+                raise EngineUnavailable("the engine has died; its log says why")
+            await _one_of(tasks, _ENGINE_CHECK_SECONDS)
+        print(f"draining, {drain_seconds} s at most; a second signal stops at once", flush=True)
+        drained = asyncio.ensure_future(server.drain(drain_seconds))
+        hurried = asyncio.ensure_future(_second(signals, first))
+        tasks |= {drained, hurried}
+        await _one_of({drained, hurried})
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _one_of(tasks: set[asyncio.Future], seconds: float | None = None) -> None:
+    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _second(signals: asyncio.Queue[None], first: asyncio.Future[None]) -> None:
+    """Returns with the second signal: whoever drains by a call may stop the process by a signal as well."""
+    await first
+    await signals.get()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ MAX_READ_OUTS = 64
 MAX_FEATURES = 256
 MAX_TOP_K = 128
 MAX_ROW_BYTES = 32_768
+MAX_UPDATES = 256
+"""Of one generation."""
 
 Dictionaries = Mapping[str, StoredDictionary]
 

@@ -38,8 +38,12 @@ class ServerConfig:
     model: str
     """Hugging Face folder or hub id."""
     dictionaries: tuple[DictionarySource, ...] = ()
+    dictionary_root: Path | None = None
+    """Folder whose dictionaries may be loaded while the server runs; None: none may."""
     sites: tuple[Site, ...] = ()
     """Where the model can be read and edited; empty: the sites of the dictionaries."""
+    presets: Path | None = None
+    """TOML file of named sets of edits; see `api.presets`."""
     watch: tuple[tuple[str, int], ...] = ()
     """Features whose activations become metrics, by dictionary and index."""
     host: str = "127.0.0.1"
@@ -57,6 +61,10 @@ class ServerConfig:
     max_sessions: int = 256
     max_sessions_per_principal: int = 8
     """Of a caller whose token says nothing of it."""
+    session_idle_seconds: int = 300
+    """A session ends when neither a command nor an output has come for so long."""
+    session_max_seconds: int = 3600
+    """How long a session may last."""
     slow_reader_seconds: int = 60
     """How long a message of a stream may wait for its client before the call is ended."""
     log_format: str = "text"
@@ -218,6 +226,13 @@ def _sources(key: str, value: Any) -> tuple[DictionarySource, ...]:
     return tuple(found)
 
 
+def _folder(key: str, value: Any) -> Path:
+    folder = Path(_text(key, value))
+    if not folder.is_dir():
+        raise InvalidConfig(f"{value!r} is not a folder", field=key)
+    return folder
+
+
 def _sites(key: str, value: Any) -> tuple[Site, ...]:
     try:
         sites = tuple(Site.parse(text) for text in _list(key, value))
@@ -253,7 +268,9 @@ _KEYS = {entry.name for entry in fields(ServerConfig)}
 _CHECKS = {
     "model": _text,
     "dictionaries": _sources,
+    "dictionary_root": _folder,
     "sites": _sites,
+    "presets": _file,
     "watch": _watch,
     "host": _text,
     "port": _integer(0, 65535),
@@ -264,6 +281,8 @@ _CHECKS = {
     "insecure": _boolean,
     "max_sessions": _integer(1, 1_000_000),
     "max_sessions_per_principal": _integer(1, 1_000_000),
+    "session_idle_seconds": _integer(1, 86_400),
+    "session_max_seconds": _integer(1, 10_000_000),
     "slow_reader_seconds": _integer(1, 86_400),
     "log_format": _one_of(LOG_FORMATS),
     "metrics_host": _text,

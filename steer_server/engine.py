@@ -5,7 +5,7 @@ import math
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -22,16 +22,18 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from steer_server import __version__
+from steer_server import __version__, errors
 from steer_server.dictionary.card import model_shape
 from steer_server.dictionary.edits import Clamp
 from steer_server.dictionary.files import StoredDictionary, check_model, check_served
 from steer_server.dictionary.site import Site
 from steer_server.errors import (
+    DictionaryInUse,
     DictionaryMismatch,
     EditNotApplied,
     EngineUnavailable,
     InvalidRequest,
+    NameTaken,
     SteerError,
     UnsupportedVllm,
 )
@@ -55,6 +57,7 @@ from steer_server.vllm_plugin.sentinel import sentinel
 _SENTINEL = 50.0
 """An activation that no model has by chance in a random direction."""
 _TEST_PROMPT = tuple(range(10, 18))
+_READ_CHECK_SECONDS = 0.02
 _DEAD = "the engine has died; the server must be restarted"
 
 
@@ -93,7 +96,9 @@ class VllmEngine:
         self._llm = llm
         self._stopped = False
         self._settings = settings
-        self._d_model = config.get_hidden_size()
+        self.max_num_seqs = settings.max_num_seqs
+        self.d_model = int(config.get_hidden_size())
+        self.self_test_passed = False
         self._model_config = model_shape(config.hf_text_config)
         self._frontend = Frontend(settings.sites, settings.edit_slots, self._admitted)
         self._running: set[str] = set()
@@ -128,9 +133,32 @@ class VllmEngine:
                 f"dictionary {name!r} is of site {stored.card.site}, the engine was started with "
                 f"{', '.join(map(str, self._settings.sites))}; add the site to the settings and restart"
             )
+        if name in self._frontend.dictionaries:
+            raise NameTaken(f"a dictionary {name!r} is resident")
         folder = str(stored.folder.resolve())
-        await self._llm.collective_rpc("steer_load", args=(name, folder, stored.card.arithmetic))
+        try:
+            await self._rpc("steer_read", name, folder, stored.card.arithmetic)
+            while not all(await self._rpc("steer_has_read", name)):
+                await asyncio.sleep(_READ_CHECK_SECONDS)
+            for failure in filter(None, await self._rpc("steer_load", name)):
+                kind, message = failure
+                raise getattr(errors, kind)(message)
+        except BaseException:
+            with suppress(EngineUnavailable):
+                await self._rpc("steer_unload", name)
+            raise
         self._frontend.dictionaries[name] = stored
+
+    async def remove_dictionary(self, name: str) -> None:
+        users = sum(
+            any(name in program.dictionaries() for program in account.programs)
+            for account in self._accounts.values()
+        )
+        if users:
+            raise DictionaryInUse(f"{users} running requests name dictionary {name!r}")
+        # Admission looks here: from now on no request can name it.
+        del self._frontend.dictionaries[name]
+        await self._rpc("steer_unload", name)
 
     @property
     def slot_load(self) -> SlotLoad:
@@ -144,15 +172,16 @@ class VllmEngine:
         """
         dictionaries = self._frontend.dictionaries
         for site in self._settings.sites:
-            stored = sentinel(site, self._d_model)
+            stored = sentinel(site, self.d_model)
             name = stored.card.name
-            await self._llm.collective_rpc("steer_sentinel", args=(str(site),))
+            await self._rpc("steer_sentinel", str(site))
             dictionaries[name] = stored
             try:
                 await self._test_site(name, site)
             finally:
                 del dictionaries[name]
-                await self._llm.collective_rpc("steer_unload", args=(name,))
+                await self._rpc("steer_unload", name)
+        self.self_test_passed = True
 
     async def _test_site(self, name: str, site: Site) -> None:
         reads = (ReadOut(name, features=(0,)), ReadOut(name, features=(0,), edited=True))
@@ -244,7 +273,7 @@ class VllmEngine:
 
     async def op_calls(self) -> list[int]:
         """How often the model has called the op since it was loaded, by site."""
-        return (await self._llm.collective_rpc("steer_op_calls"))[0]
+        return (await self._rpc("steer_op_calls"))[0]
 
     async def shutdown(self) -> None:
         if not self._stopped:
@@ -252,6 +281,13 @@ class VllmEngine:
             self._llm.shutdown()
             # vLLM shuts down once more when it is collected, which must not be at the interpreter's end.
             del self._llm
+
+    async def _rpc(self, method: str, *arguments: str) -> list[Any]:
+        """What each worker answers."""
+        try:
+            return await self._llm.collective_rpc(method, args=arguments)
+        except EngineDeadError as error:
+            raise EngineUnavailable(_DEAD) from error
 
     def _admitted(self, name: str, account: Account) -> None:
         if name in self._running:

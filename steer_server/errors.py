@@ -11,11 +11,14 @@
     - DictionaryNotFound
     - PresetNotFound
     - SessionNotFound
+  x NameTaken
   x DictionaryMismatch
   x UnsupportedModel
+  x DictionaryInUse
   x CorruptDictionary
   x Overloaded
     - QuotaExceeded
+  x OutOfMemory
   x Unauthenticated
   x PermissionDenied
   x DuplicateRequest
@@ -27,6 +30,7 @@
   x WrongState
   x SessionClosed
   x SessionExpired
+  x NotConfigured
   x InvalidConfig
 """
 
@@ -84,8 +88,16 @@ class UnsupportedModel(SteerError):
     """The served model cannot do what was asked of it."""
 
 
+class NameTaken(SteerError):
+    """A dictionary of that name is resident, or on its way in or out."""
+
+
 class DictionaryMismatch(SteerError):
     """The dictionary is sound but not for this model or site, or lacks what was asked of it."""
+
+
+class DictionaryInUse(SteerError):
+    """Running requests name the dictionary, so it cannot go."""
 
 
 class CorruptDictionary(SteerError):
@@ -126,6 +138,10 @@ class SlowReader(SteerError):
     """The client has not taken what was sent to it for too long; its call ends."""
 
 
+class OutOfMemory(SteerError):
+    """What was asked for does not fit memory; nothing was loaded."""
+
+
 class EngineUnavailable(SteerError):
     """The engine is starting, stopping or dead."""
 
@@ -152,6 +168,10 @@ class SessionExpired(SteerError):
 
 class SessionNotFound(NotFound):
     """No session of that name is open."""
+
+
+class NotConfigured(SteerError):
+    """The server was started without the setting that this needs."""
 
 
 class InvalidConfig(SteerError):

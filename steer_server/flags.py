@@ -48,11 +48,19 @@ def parser() -> argparse.ArgumentParser:
         help="load a dictionary; repeat for more (default name: the one its card has)",
     )
     model.add_argument(
+        "--dictionary-root",
+        metavar="FOLDER",
+        help="dictionaries in it may be loaded while the server runs (default: none may)",
+    )
+    model.add_argument(
         "--site",
         dest="sites",
         action="append",
         metavar="SITE",
         help="serve this site, such as resid_post.12; repeat (default: those of the dictionaries)",
+    )
+    model.add_argument(
+        "--presets", metavar="FILE", help="TOML file of named sets of edits that requests may use"
     )
     engine = root.add_argument_group("engine")
     engine.add_argument("--max-model-len", metavar="N", help="tokens of prompt and answer together")
@@ -89,6 +97,12 @@ def parser() -> argparse.ArgumentParser:
     )
     net.add_argument("--max-sessions", metavar="N", help="open at a time (default 256)")
     net.add_argument("--max-sessions-per-principal", metavar="N", help="of one token (default 8)")
+    net.add_argument(
+        "--session-idle-seconds", metavar="N", help="ends a session that does nothing (default 300)"
+    )
+    net.add_argument(
+        "--session-max-seconds", metavar="N", help="how long a session may last (default 3600)"
+    )
     net.add_argument(
         "--slow-reader-seconds",
         metavar="N",

@@ -191,7 +191,11 @@ class Engine(Protocol):
     model_id: str
     max_model_len: int
     """Prompt and generated tokens together."""
+    max_num_seqs: int
+    """Requests computed together; more wait."""
+    d_model: int
     tokenizer: Tokenizer
+    self_test_passed: bool
 
     @property
     def alive(self) -> bool: ...
@@ -202,7 +206,11 @@ class Engine(Protocol):
         ...
 
     async def add_dictionary(self, name: str, stored: StoredDictionary) -> None:
-        """Makes the dictionary resident; DictionaryMismatch if model or sites do not fit."""
+        """Makes the dictionary resident while generations go on; DictionaryMismatch if model or sites do not fit."""
+        ...
+
+    async def remove_dictionary(self, name: str) -> None:
+        """Takes a resident dictionary away; DictionaryInUse if a running generation names it."""
         ...
 
     def so_far(self, request_id: str) -> tuple[tuple[EditReport, ...], int]:

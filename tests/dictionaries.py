@@ -13,7 +13,12 @@ from steer_server.dictionary.site import Site
 
 
 def make_dictionary(
-    model: Path, site: Site, folder: Path, per_dimension: int = 4, bias: float = -1.0
+    model: Path,
+    site: Site,
+    folder: Path,
+    per_dimension: int = 4,
+    bias: float = -1.0,
+    seed: int | None = None,
 ) -> StoredDictionary:
     """Random unit rows, `per_dimension` for each of the model's, named like the folder.
 
@@ -22,7 +27,7 @@ def make_dictionary(
     shape = model_shape(AutoConfig.from_pretrained(model))
     d_model = shape["hidden_size"]
     n_features = per_dimension * d_model
-    generator = torch.Generator().manual_seed(site.layer)
+    generator = torch.Generator().manual_seed(site.layer if seed is None else seed)
     rows = torch.randn(n_features, d_model, generator=generator)
     dictionary = Dictionary.tied(
         torch.nn.functional.normalize(rows, dim=1), torch.full((n_features,), bias)

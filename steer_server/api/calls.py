@@ -11,6 +11,8 @@ from steer_server.api.auth import ANYONE, Principal, Scope
 from steer_server.api.quotas import Quotas
 from steer_server.errors import EngineUnavailable, Overloaded
 
+MAX_REQUEST_BYTES = 4 << 20
+
 
 @dataclass(frozen=True)
 class Call:
@@ -73,6 +75,11 @@ class Gate:
         self.idle.set()
         self._limit = limit
         self._running = 0
+
+    @property
+    def running(self) -> int:
+        """Calls that were admitted and have not ended."""
+        return self._running
 
     @contextmanager
     def entered(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from steer_server import errors
 DOMAIN = "steer"
 RETRY_SECONDS = 1
 DICTIONARY_TYPE = "steer.v1.Dictionary"
+SESSION_TYPE = "steer.v1.SessionInfo"
 
 _Code = grpc.StatusCode
 _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
@@ -22,7 +23,9 @@ _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
     errors.DictionaryNotFound: (_Code.NOT_FOUND, "DICTIONARY_NOT_FOUND"),
     errors.PresetNotFound: (_Code.NOT_FOUND, "PRESET_NOT_FOUND"),
     errors.UnsupportedModel: (_Code.FAILED_PRECONDITION, "UNSUPPORTED_MODEL"),
+    errors.NameTaken: (_Code.ALREADY_EXISTS, "NAME_TAKEN"),
     errors.DictionaryMismatch: (_Code.FAILED_PRECONDITION, "DICTIONARY_MISMATCH"),
+    errors.DictionaryInUse: (_Code.FAILED_PRECONDITION, "DICTIONARY_IN_USE"),
     errors.CorruptDictionary: (_Code.DATA_LOSS, "CORRUPT_DICTIONARY"),
     errors.Overloaded: (_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
     errors.QuotaExceeded: (_Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
@@ -31,6 +34,7 @@ _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
     errors.DuplicateRequest: (_Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
     errors.DeadlineTooShort: (_Code.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT"),
     errors.SlowReader: (_Code.ABORTED, "SLOW_READER"),
+    errors.OutOfMemory: (_Code.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     errors.EngineUnavailable: (_Code.UNAVAILABLE, "ENGINE_UNAVAILABLE"),
     errors.EditNotApplied: (_Code.INTERNAL, "NOT_APPLIED"),
     errors.UnsupportedVllm: (_Code.FAILED_PRECONDITION, "UNSUPPORTED_VLLM"),
@@ -38,6 +42,7 @@ _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
     errors.SessionClosed: (_Code.ABORTED, "SESSION_CLOSED"),
     errors.SessionExpired: (_Code.ABORTED, "SESSION_EXPIRED"),
     errors.SessionNotFound: (_Code.NOT_FOUND, "SESSION_NOT_FOUND"),
+    errors.NotConfigured: (_Code.FAILED_PRECONDITION, "NOT_CONFIGURED"),
     errors.InvalidConfig: (_Code.FAILED_PRECONDITION, "INVALID_CONFIG"),
 }
 
@@ -103,7 +108,7 @@ def _advice(error: errors.SteerError, reason: str) -> list[Message]:
             subject=error.subject, description=str(error)
         )
         details.append(error_details_pb2.QuotaFailure(violations=[exceeded]))
-    if isinstance(error, errors.DictionaryMismatch | errors.UnsupportedModel | errors.WrongState):
+    if classify(type(error))[0] is _Code.FAILED_PRECONDITION:
         failure = error_details_pb2.PreconditionFailure.Violation(
             type=reason, subject=error.field, description=str(error)
         )

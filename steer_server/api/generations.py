@@ -6,14 +6,14 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import cast
 
-import numpy as np
-
 from steer_server.api import calls
 from steer_server.api.edits import op_of
 from steer_server.api.presets import Presets
 from steer_server.api.stopping import Stopper
+from steer_server.api.uses import Uses
+from steer_server.api.watch import Watch
 from steer_server.api.wire import ResolvedRequest, Served
-from steer_server.errors import EditNotApplied, InvalidRequest, WrongState
+from steer_server.errors import DictionaryNotFound, EditNotApplied, InvalidRequest, WrongState
 from steer_server.generation import (
     ActivationRows,
     Engine,
@@ -43,17 +43,15 @@ class Generations:
         self.registry = registry
         self.metrics = metrics
         self.served = Served(engine, registry, presets or Presets())
-        self._hidden = tuple(
-            ReadOut(name, features=tuple(features), complete=False)
-            for name, features in watch.items()
-        )
+        self.watch = Watch(metrics, registry, watch)
+        self.uses = Uses()
 
     def begin(
         self, rpc: str, request_id: str, request: ResolvedRequest, live: bool = False
     ) -> "Run":
         """The generation, not yet running; `rpc` names it in metrics. QuotaExceeded by the caller's tokens."""
         calls.check_tokens()
-        return Run(self.engine, self.metrics, self._hidden, rpc, request_id, request, live)
+        return Run(self, rpc, request_id, request, live)
 
     def begin_all(self, rpc: str, request_id: str, request: ResolvedRequest) -> list["Run"]:
         """The request's sequences, each a generation of its own; a seed counts up over them, as in vLLM."""
@@ -74,9 +72,7 @@ class Run:
 
     def __init__(
         self,
-        engine: Engine,
-        metrics: Metrics,
-        hidden: Sequence[ReadOut],
+        generations: Generations,
         rpc: str,
         request_id: str,
         request: ResolvedRequest,
@@ -85,19 +81,25 @@ class Run:
         self.request_id = request_id
         self.prompt_length = len(request.prompt_token_ids) - request.forced
         self.generated = 0
-        self._engine = engine
-        self._metrics = metrics
+        self._engine = generations.engine
+        self._metrics = generations.metrics
+        self._watch = generations.watch
+        self._registry = generations.registry
+        self._uses = generations.uses
         self._rpc = rpc
         self.cached_tokens = 0
         self.revision = 0
         """The one under which the last token was drawn."""
+        watched = self._watch.read_outs()
         self._stopper = Stopper(
-            request.stop_when, len(hidden), self.prompt_length, engine.tokenizer
+            request.stop_when, len(watched), self.prompt_length, self._engine.tokenizer
         )
         # First, so that their numbers stay the same whatever an update asks for.
-        self._hidden = (*hidden, *self._stopper.read_outs)
-        self._watched = len(hidden)
+        self._hidden = (*watched, *self._stopper.read_outs)
+        self._watched = len(watched)
         program = self._with_hidden(request.program)
+        self._dictionaries = {name: self._registry.get(name) for name in program.dictionaries()}
+        self._use = set(self._dictionaries)
         self._programs = {0: program}
         self._asked = program
         """Of the last update, whose revision is known only when the engine answers."""
@@ -127,6 +129,16 @@ class Run:
 
     async def outputs(self) -> AsyncGenerator[StepOutput, None]:
         """The engine's outputs without the rows that nobody asked for."""
+        # It may have been unloaded while the client took its time over the first response.
+        for name, stored in self._dictionaries.items():
+            if not self._registry.holds(name, stored):
+                raise DictionaryNotFound(f"dictionary {name!r} was unloaded", name=name)
+        with self._uses.hold(self._use):
+            async with aclosing(self._outputs()) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def _outputs(self) -> AsyncGenerator[StepOutput, None]:
         # Closing is part of the engine's contract; its return type leaves that out.
         steps = cast(AsyncGenerator[StepOutput, None], self._engine.generate(self._generation))
         reason = "abort"
@@ -162,6 +174,7 @@ class Run:
         It holds from the next token on, or from generated token `at_index`.
         """
         self._asked = program = self._with_hidden(program)
+        self._use |= program.dictionaries()
         with _running():
             revision = await self._engine.update(self.request_id, program, at_index)
         self._programs[revision] = program
@@ -223,13 +236,8 @@ class Run:
             metrics.encode_seconds.labels(name).observe(seconds)
         for rows in output.activations:
             if rows.read_out < self._watched:
-                self._observe_watched(rows)
+                self._watch.observe(rows)
             self._observe_active(rows, sources)
-
-    def _observe_watched(self, rows: ActivationRows) -> None:
-        for feature in np.unique(rows.features):
-            values = rows.values[rows.features == feature]
-            self._metrics.feature_activation.observe((rows.dictionary, str(feature)), values)
 
     def _observe_active(self, rows: ActivationRows, sources: Mapping[tuple[str, str], int]) -> None:
         """Counts a row once, however many read-outs of its dictionary it is in."""

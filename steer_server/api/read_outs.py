@@ -27,6 +27,17 @@ def read_read_outs(
     )
 
 
+def read_features(features: Sequence[int], stored: StoredDictionary, path: str) -> tuple[int, ...]:
+    """1 to MAX_FEATURES different ones of the dictionary."""
+    if not 1 <= len(features) <= MAX_FEATURES:
+        raise InvalidRequest(f"{len(features)} features; 1 to {MAX_FEATURES}", field=path)
+    for index, feature in enumerate(features):
+        check_feature(feature, stored, f"{path}[{index}]")
+    if len(set(features)) < len(features):
+        raise InvalidRequest("names a feature twice", field=path)
+    return tuple(features)
+
+
 def write_read_outs(read_outs: Iterable[ReadOut]) -> list[activations_pb2.ReadOut]:
     """The read-outs as the server understood them, every field filled in."""
     return [_write_read_out(entry) for entry in read_outs]
@@ -61,13 +72,8 @@ def _read_selection(
                 )
             return {"top_k": min(message.top_k, stored.card.n_features)}
         case "features":
-            features = tuple(message.features.features)
             where = f"{path}.features.features"
-            if not 1 <= len(features) <= MAX_FEATURES:
-                raise InvalidRequest(f"{len(features)} features; 1 to {MAX_FEATURES}", field=where)
-            for index, feature in enumerate(features):
-                check_feature(feature, stored, f"{where}[{index}]")
-            return {"features": features}
+            return {"features": read_features(message.features.features, stored, where)}
         case "above":
             threshold = finite(message.above.threshold, field=f"{path}.above.threshold")
             if not message.above.HasField("row_bytes"):

@@ -10,17 +10,24 @@ from grpc_reflection.v1alpha import reflection
 from steer.v1 import (
     activations_pb2,
     activations_pb2_grpc,
+    admin_pb2,
+    admin_pb2_grpc,
     dictionaries_pb2,
     dictionaries_pb2_grpc,
+    info_pb2,
+    info_pb2_grpc,
     steering_pb2,
     steering_pb2_grpc,
 )
 
 from steer_server.api.activations import ActivationService
-from steer_server.api.calls import Gate
+from steer_server.api.admin import AdminService, Operations
+from steer_server.api.calls import MAX_REQUEST_BYTES, Gate
 from steer_server.api.dictionaries import DictionaryService
 from steer_server.api.generations import Generations
+from steer_server.api.info import ServerInfoService
 from steer_server.api.interceptor import CallInterceptor, Policy
+from steer_server.api.session import SessionLimits
 from steer_server.api.sessions import Sessions
 from steer_server.api.steering import SteeringService
 from steer_server.api.tls import TlsFiles, credentials
@@ -31,11 +38,13 @@ SERVICES = (
     steering_pb2.DESCRIPTOR.services_by_name["SteeringService"].full_name,
     activations_pb2.DESCRIPTOR.services_by_name["ActivationService"].full_name,
     dictionaries_pb2.DESCRIPTOR.services_by_name["DictionaryService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+    info_pb2.DESCRIPTOR.services_by_name["ServerInfoService"].full_name,
 )
 _STOP_SECONDS = 5
 
 _OPTIONS: Sequence[tuple[str, int]] = (
-    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", 16 << 20),
     ("grpc.max_metadata_size", 8 << 10),
     # Between the two gRPC refuses by chance.
@@ -77,16 +86,33 @@ class Server:
                 f"cannot listen on {address(host, port)}; is it taken?", field="port"
             ) from error
 
-    async def start(self, generations: Generations) -> None:
+    @property
+    def draining(self) -> asyncio.Event:
+        """Set once a drain has begun, by `drain` or by a call."""
+        return self._gate.draining
+
+    async def start(
+        self,
+        generations: Generations,
+        operations: Operations = Operations(),  # noqa: B008 - frozen
+        limits: SessionLimits = SessionLimits(),  # noqa: B008 - frozen
+    ) -> None:
         """Begins to listen; until `open` only health and reflection answer."""
+        sessions = Sessions()
+        self._gate.drain_seconds = operations.drain_seconds
         steering_pb2_grpc.add_SteeringServiceServicer_to_server(
-            SteeringService(generations, self._gate, Sessions()), self._server
+            SteeringService(generations, self._gate, sessions, limits), self._server
         )
         activations_pb2_grpc.add_ActivationServiceServicer_to_server(
-            ActivationService(generations), self._server
+            ActivationService(generations, self._gate), self._server
         )
         dictionaries_pb2_grpc.add_DictionaryServiceServicer_to_server(
             DictionaryService(generations.registry), self._server
+        )
+        admin = AdminService(generations, operations, sessions, self._gate, self._begin_drain)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._server)
+        info_pb2_grpc.add_ServerInfoServiceServicer_to_server(
+            ServerInfoService(generations.served), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -101,11 +127,14 @@ class Server:
 
     async def drain(self, seconds: float) -> None:
         """Refuses new calls and returns when the running ones have ended, after `seconds` at most."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._gate.drain_seconds = seconds
-        self._gate.draining.set()
+        await self._begin_drain()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._gate.idle.wait(), seconds)
+
+    async def _begin_drain(self) -> None:
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._gate.draining.set()
 
     async def fail(self) -> None:
         """Tells health that the process should be replaced."""

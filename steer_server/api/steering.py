@@ -25,12 +25,12 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         generations: Generations,
         gate: Gate,
         sessions: Sessions,
-        limits: SessionLimits | None = None,
+        limits: SessionLimits,
     ) -> None:
         self._generations = generations
         self._gate = gate
         self._sessions = sessions
-        self._limits = limits or SessionLimits()
+        self._limits = limits
 
     async def Generate(
         self, request: steering_pb2.GenerateRequest, context: _Context

@@ -131,11 +131,10 @@ def read_program(
     return program
 
 
-def read_preset(edits: Sequence[edits_pb2.Edit], served: Served, path: str) -> Program:
+def read_preset(messages: Sequence[edits_pb2.Edit], served: Served) -> Program:
     """The edits of a preset as a program, checked but for what depends on a prompt."""
-    program = Program(_of_preset(edits, served, path))
-    with _within(path, []):
-        check(program, dict(served.registry))
+    program = Program(read_edits(messages, served.registry, limits(served.engine), "edits"))
+    check(program, dict(served.registry))
     return program
 
 

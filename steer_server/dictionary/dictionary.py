@@ -159,6 +159,14 @@ class Dictionary:
         )
 
     @cached_property
+    def decoder_norms(self) -> Float[Tensor, " n_features"]:
+        return torch.linalg.vector_norm(self.W_dec, dim=1)
+
+    def cosines(self, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " n_features"]:
+        """Of the angle between each feature's decoder row and a direction that is not zero."""
+        return (self.W_dec @ direction / (self.decoder_norms * direction.norm())).clamp(-1, 1)
+
+    @cached_property
     def rows(self) -> FeatureRows:
         """All features, folded; shares memory with the weights where folding changes nothing."""
         encoder, bias, decoder = self.W_enc.T, self.b_enc, self.W_dec

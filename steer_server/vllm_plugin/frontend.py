@@ -13,7 +13,14 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from steer_server.admission import check, check_revisions, check_scopes, parse, wire
+from steer_server.admission import (
+    MAX_UPDATES,
+    check,
+    check_revisions,
+    check_scopes,
+    parse,
+    wire,
+)
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
 from steer_server.errors import InvalidRequest, Overloaded
@@ -30,7 +37,6 @@ FORCED = "steer_forced"
 DISTRIBUTION = "steer_distribution"
 """Beside it: the log-probabilities go to the account, not through vLLM's lists."""
 _OWN = {KEY, LIVE, FORCED, DISTRIBUTION}
-MAX_REVISIONS = 256
 
 
 class Frontend:
@@ -110,9 +116,9 @@ class Frontend:
                 f"{at_index} is no index of a generated token; they count from 0", field="at_index"
             )
         vllm_id, account = self._live(name, "its edits cannot change")
-        if len(account.programs) > MAX_REVISIONS:
+        if len(account.programs) > MAX_UPDATES:
             raise Overloaded(
-                f"a generation takes at most {MAX_REVISIONS} updates; go on in a new one"
+                f"a generation takes at most {MAX_UPDATES} updates; go on in a new one"
             )
         check(program, self.dictionaries)
         program = program.resolve(account.prompt_length)

@@ -46,6 +46,11 @@ class RequestState:
     )
     """The edits of segments as the sites want them; kept by `layout`."""
 
+    def names(self, dictionary: str) -> bool:
+        """Whether any of its programs names the dictionary."""
+        programs = (*self.programs, *(program for program, _ in self.waiting))
+        return any(dictionary in program.dictionaries() for program in programs)
+
     def begin(self, start: int) -> tuple[list[RevisionStart], list[tuple[int, int]]]:
         """A step computes this request's rows from `start` on: waiting updates take hold in it.
 

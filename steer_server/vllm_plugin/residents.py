@@ -10,7 +10,7 @@ from torch import Tensor
 from steer_server.dictionary import files
 from steer_server.dictionary.dictionary import Dictionary, FeatureRows, keep_largest
 from steer_server.dictionary.site import Site
-from steer_server.errors import CorruptDictionary, DictionaryMismatch
+from steer_server.errors import CorruptDictionary, DictionaryMismatch, OutOfMemory
 from steer_server.vllm_plugin.bank import Bank, Feature
 
 
@@ -42,6 +42,14 @@ class Resident(NamedTuple):
         return f.sign().sum(dim=1) if self.non_negative else torch.count_nonzero(f, dim=1)
 
 
+def read(name: str, folder: Path, arithmetic: str) -> files.StoredDictionary:
+    """What is in a folder that the front-end has verified; it must still be the same dictionary."""
+    stored = files.load(folder)
+    if stored.card.arithmetic != arithmetic:
+        raise CorruptDictionary(f"dictionary {name!r} changed while it was being loaded")
+    return stored
+
+
 class Residents(dict[str, Resident]):
     """By name. With pipeline parallelism a worker holds those of its own sites only."""
 
@@ -62,10 +70,8 @@ class Residents(dict[str, Resident]):
         self.banks = banks
 
     def load(self, name: str, folder: Path, arithmetic: str) -> None:
-        """Loads a folder that the front-end has verified; it must still be the same dictionary."""
-        stored = files.load(folder)
-        if stored.card.arithmetic != arithmetic:
-            raise CorruptDictionary(f"{folder} changed while dictionary {name!r} was being loaded")
+        """As `read` and `add`."""
+        stored = read(name, folder, arithmetic)
         self.add(name, stored.card.site, stored.dictionary)
 
     def add(self, name: str, site: Site, dictionary: Dictionary) -> None:
@@ -82,6 +88,7 @@ class Residents(dict[str, Resident]):
             )
         number = self._sites.index(site)
         if number in self._here:
+            self._check_memory(name, dictionary)
             rows = FeatureRows(*(t.to(self._device).contiguous() for t in dictionary.rows))
             self[name] = Resident(
                 number,
@@ -89,6 +96,19 @@ class Residents(dict[str, Resident]):
                 dictionary.k,
                 non_negative=bool((rows.threshold >= 0).all()),
                 rectified=bool((rows.threshold == 0).all()),
+            )
+
+    def _check_memory(self, name: str, dictionary: Dictionary) -> None:
+        if self._device.type != "cuda":
+            return
+        needed = 4 * sum(tensor.numel() for tensor in dictionary.rows)
+        reusable = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
+            self._device
+        )
+        free = torch.cuda.mem_get_info(self._device)[0] + reusable
+        if needed > free:
+            raise OutOfMemory(
+                f"dictionary {name!r} takes {needed >> 20} MiB of the device, {free >> 20} MiB are free"
             )
 
     def acquire(self, features: Iterable[Feature]) -> None:

@@ -103,6 +103,22 @@ class Runtime:
                     self.residents.release(program.features())
                 self._changed = True
 
+    def unload(self, name: str) -> None:
+        """Forgets a dictionary that no running request names.
+
+        Of a request that has ended the coming step would tell; one that named the dictionary goes now, with its slots, so
+        that another dictionary of the name finds none of them.
+        """
+        ended = [vllm_id for vllm_id, state in self._states.items() if state.names(name)]
+        self.forget(ended)
+        self.residents.pop(name, None)
+        if self._layout is not None and self._step is None:
+            # It may hold the dictionary's rows.
+            self._layout.close()
+            self._follow(None)
+        else:
+            self._changed = True
+
     def begin_step(
         self,
         vllm_ids: list[str],

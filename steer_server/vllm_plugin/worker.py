@@ -4,16 +4,19 @@
 worker replaces CUDA's events, streams and pinned memory by stand-ins for the whole process (vllm/v1/worker/cpu/shm.py).
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm.distributed import get_pp_group, get_tp_group
 
+from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
-from steer_server.errors import EditNotApplied
+from steer_server.errors import EditNotApplied, SteerError
 from steer_server.vllm_plugin import KEY, layers, op, pipeline, runner_v1, runner_v2
 from steer_server.vllm_plugin.eager import EagerModel
+from steer_server.vllm_plugin.residents import read
 from steer_server.vllm_plugin.runner import with_reports
 from steer_server.vllm_plugin.runtime import Runtime, Step
 from steer_server.vllm_plugin.sentinel import sentinel
@@ -53,8 +56,10 @@ class SteerWorker:
             announces=get_pp_group().is_last_rank,
             kernel_rows=rows if use_kernels(self.vllm_config, self.device) else 0,
         )
-        for entry in settings.get("dictionaries", ()):
-            self.steer_load(*entry)
+        for name, folder, arithmetic in settings.get("dictionaries", ()):
+            self.steer.residents.load(name, Path(folder), arithmetic)
+        self._reader = ThreadPoolExecutor(1, "steer-reader")
+        self._read: dict[str, Future[StoredDictionary]] = {}
         op.install(self.steer, sites)
         runner = runner_v2 if self.vllm_config.use_v2_model_runner else runner_v1
         runner.attach(self.model_runner, self.steer)
@@ -104,8 +109,21 @@ class SteerWorker:
 
     # Called by the engine through collective_rpc.
 
-    def steer_load(self, name: str, folder: str, arithmetic: str) -> None:
-        self.steer.residents.load(name, Path(folder), arithmetic)
+    def steer_read(self, name: str, folder: str, arithmetic: str) -> None:
+        """Begins to read a dictionary while the model goes on; `steer_load` makes it resident."""
+        self._read[name] = self._reader.submit(read, name, Path(folder), arithmetic)
+
+    def steer_has_read(self, name: str) -> bool:
+        return self._read[name].done()
+
+    def steer_load(self, name: str) -> list[str]:
+        """Empty, or the class and text of the SteerError: vLLM passes on the text of an exception only."""
+        try:
+            stored = self._read.pop(name).result()
+            self.steer.residents.add(name, stored.card.site, stored.dictionary)
+        except SteerError as error:
+            return [type(error).__name__, str(error)]
+        return []
 
     def steer_sentinel(self, site: str) -> None:
         """Makes the self-test's direction resident at the site."""
@@ -113,7 +131,8 @@ class SteerWorker:
         self.steer.residents.add(stored.card.name, stored.card.site, stored.dictionary)
 
     def steer_unload(self, name: str) -> None:
-        self.steer.residents.pop(name, None)
+        self._read.pop(name, None)
+        self.steer.unload(name)
 
     def steer_op_calls(self) -> list[int]:
         """How often the model called the op in this process, by site, warm-up included."""

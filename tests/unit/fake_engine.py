@@ -78,6 +78,9 @@ class FakeEngine:
     def __init__(self, d_model: int, max_model_len: int = 64) -> None:
         generator = torch.Generator().manual_seed(7)
         self.max_model_len = max_model_len
+        self.max_num_seqs = 8
+        self.d_model = d_model
+        self.self_test_passed = False
         self.tokenizer: Tokenizer = CharTokenizer()
         self.alive = True
         self.slot_load = SlotLoad({"resid_post.1": 0}, 16, 0)
@@ -103,8 +106,11 @@ class FakeEngine:
     async def add_dictionary(self, name: str, stored: StoredDictionary) -> None:
         self._dictionaries[name] = stored
 
+    async def remove_dictionary(self, name: str) -> None:
+        del self._dictionaries[name]
+
     async def self_test(self) -> None:
-        pass
+        self.self_test_passed = True
 
     async def shutdown(self) -> None:
         self.alive = False
@@ -276,7 +282,7 @@ def _sparse(index: int, read_out: ReadOut, positions: list[int], f: Tensor) -> A
         np.array(splits, np.uint32),
         np.array(features, np.uint32),
         np.array(values, np.float32),
-        (f != 0).sum(dim=1).numpy().astype(np.uint32) if read_out.top_k else None,
+        (f != 0).sum(dim=1).numpy().astype(np.uint32) if not read_out.features else None,
     )
 
 

@@ -13,13 +13,17 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from steer.v1 import (
     activations_pb2_grpc,
+    admin_pb2_grpc,
     dictionaries_pb2_grpc,
+    info_pb2_grpc,
     steering_pb2_grpc,
 )
 
 from steer_client import CallFailed
+from steer_server.api.admin import Operations
 from steer_server.api.generations import Generations
 from steer_server.api.interceptor import Policy
+from steer_server.api.presets import Presets
 from steer_server.api.server import Server
 from steer_server.api.tls import TlsFiles
 from steer_server.dictionary.card import Card, Model, Quality
@@ -74,6 +78,7 @@ class Serving:
     engine: FakeEngine
     server: Server
     metrics: Metrics
+    generations: Generations
     target: str
     channel: grpc.aio.Channel
 
@@ -88,6 +93,14 @@ class Serving:
     @property
     def dictionaries(self):
         return dictionaries_pb2_grpc.DictionaryServiceStub(self.channel)
+
+    @property
+    def admin(self):
+        return admin_pb2_grpc.AdminServiceStub(self.channel)
+
+    @property
+    def info(self):
+        return info_pb2_grpc.ServerInfoServiceStub(self.channel)
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of the one sample with these labels; 0 if there is none."""
@@ -107,22 +120,27 @@ async def serving(
     ready: bool = True,
     tls: TlsFiles | None = None,
     policy: Policy = Policy(),  # noqa: B008 - frozen
+    operations: Operations | None = None,
+    more: Mapping[str, StoredDictionary] | None = None,
+    presets: Presets | None = None,
 ) -> AsyncIterator[Serving]:
-    """The server on a free port, and a channel to it, which is of no use with TLS."""
+    """The server on a free port with the small dictionary and `more`, and a channel to it, which is of no use with TLS."""
     engine = FakeEngine(D_MODEL)
     registry = Registry()
-    registry.add(NAME, small_dictionary())
-    await engine.add_dictionary(NAME, small_dictionary())
+    for name, stored in {NAME: small_dictionary(), **(more or {})}.items():
+        registry.add(name, stored)
+        await engine.add_dictionary(name, stored)
     metrics = Metrics("fake", registry, watch or {})
     metrics.watch_engine(engine)
     server = Server(metrics, replace(policy, max_calls=max_calls))
     target = f"127.0.0.1:{server.bind('127.0.0.1', 0, tls)}"
-    await server.start(Generations(engine, registry, metrics, watch or {}))
+    generations = Generations(engine, registry, metrics, watch or {}, presets)
+    await server.start(generations, operations or Operations())
     if ready:
         await server.open()
     async with grpc.aio.insecure_channel(target) as channel:
         try:
-            yield Serving(engine, server, metrics, target, channel)
+            yield Serving(engine, server, metrics, generations, target, channel)
         finally:
             await server.stop()
 

@@ -52,9 +52,11 @@ async def test_services_are_healthy_only_when_ready_the_process_always():
         "steer.v1.SteeringService",
         "steer.v1.ActivationService",
         "steer.v1.DictionaryService",
+        "steer.v1.AdminService",
+        "steer.v1.ServerInfoService",
     )
-    assert before == draining == [SERVING, NOT_SERVING, NOT_SERVING, NOT_SERVING]
-    assert ready == [SERVING] * 4
+    assert before == draining == [SERVING] + [NOT_SERVING] * 5
+    assert ready == [SERVING] * 6
     assert failed == NOT_SERVING
 
 

@@ -190,3 +190,98 @@ async def test_a_session_is_ended_by_leaving_it(running: Serving):
         events = [event async for event in session]
 
     assert isinstance(events[-1], steering_pb2.Finished)
+
+
+async def test_the_client_searches_page_by_page_and_finds_the_nearest(client: SteerClient):
+    found = [match async for match in client.search("NAMES", page_size=1)]
+    nearest = await client.nearest(Feature(NAME, 3), top_k=2)
+
+    assert [(match.dictionary, match.index, match.score) for match in found] == [(NAME, 3, 1.0)]
+    assert len(nearest) == 2
+    assert [entry.label for entry in await client.features(NAME, [4, 3])] == ["", "names"]
+    assert (await client.dictionary(NAME)).n_features == 32
+    assert (await client.info()).model == "fake"
+
+
+async def test_the_client_reads_texts_and_tells_them_apart(client: SteerClient):
+    seen = await client.inspect(["hello", [1, 2]], NAME, aggregate="max", top_k=3)
+    apart = await client.contrast(["hello"], ["quiet"], NAME, aggregate="frequency")
+
+    assert (seen.tokens, len(seen.features)) == (5, 3)
+    assert (apart.positive_tokens, apart.negative_tokens) == (4, 4)
+    assert apart.positive[0].difference > 0 > apart.negative[0].difference
+
+
+async def test_the_client_administers(client: SteerClient):
+    before = await client.admin.watch([(NAME, 3)])
+    updates = client.watch_stats(0.1)
+    first = await anext(updates)
+    await updates.aclose()
+    previous = await client.admin.watch(before)
+    with pytest.raises(CallFailed) as refused:
+        await client.admin.load("x")
+    with pytest.raises(CallFailed) as unknown:
+        await client.admin.unload("x", wait=True)
+
+    assert (before, previous) == ([], [(NAME, 3)])
+    assert [entry.label for entry in first.features] == ["names"]
+    assert refused.value.reason == "NOT_CONFIGURED"
+    assert unknown.value.reason == "DICTIONARY_NOT_FOUND"
+
+
+async def test_the_client_lists_and_closes_sessions_and_drains():
+    async with (
+        serving() as service,
+        SteerClient(service.target) as client,
+        client.session() as session,
+    ):
+        service.engine.steps = asyncio.Semaphore(0)
+        await session.start("hello")
+        await anext(aiter(session))
+        (entry,) = await client.admin.sessions()
+        await client.admin.close_session(entry.session_id)
+        with pytest.raises(CallFailed) as closed:
+            async for _ in session:
+                pass
+        drained = await client.admin.drain()
+
+    assert entry.generating
+    assert closed.value.reason == "SESSION_CLOSED"
+    assert drained.running_calls == 0
+
+
+async def test_the_command_looks_things_up(running: Serving):
+    server = ("--server", running.target)
+    found, nearest, inspected, contrasted, told, refused = await asyncio.gather(
+        steer("search", "names", "--evidence", "--limit", "5", *server),
+        steer("nearest", NAME, "3", "--top", "2", *server),
+        steer("inspect", NAME, "hello", "quiet", "--by", "max", "--top", "2", *server),
+        steer("contrast", NAME, "--positive", "hello", "--negative", "quiet", "--json", *server),
+        steer("info", *server),
+        steer("load", "x", *server),
+    )
+
+    assert [code for code, _, _ in (found, nearest, inspected, contrasted, told)] == [0] * 5
+    assert found[1] == " 1.000  small:3  names\n"
+    assert len(nearest[1].splitlines()) == 2
+    assert len(inspected[1].splitlines()) == 3
+    assert inspected[2] == "8 tokens\n"
+    assert json.loads(contrasted[1])["positive_tokens"] == "4"
+    assert "resid_post.1: 0 of 16 edit slots in use" in told[1]
+    assert (refused[0], "dictionary_root" in refused[2]) == (1, True)
+
+
+async def test_the_command_administers(running: Serving):
+    async with serving() as service:
+        server = ("--server", service.target)
+        session = service.steering.Session()
+        await session.wait_for_connection()
+        shown = await steer("sessions", *server)
+        closed = await steer("sessions", "--close", shown[1].split()[0], *server)
+        unloaded = await steer("unload", NAME, *server)
+        drained = await steer("drain", *server)
+        session.cancel()
+
+    assert "(anyone)  between turns, 0 turns" in shown[1]
+    assert [closed, unloaded] == [(0, "", "")] * 2
+    assert drained[1] == "draining: 0 calls run, for 30 s at most\n"

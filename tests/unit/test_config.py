@@ -61,11 +61,13 @@ def test_every_flag_reaches_its_setting():
         *("--slow-reader-seconds", "5", "--log-format", "json"),
         *("--metrics-port", "1", "--max-model-len", "128", "--max-num-seqs", "2"),
         *("--dtype", "float32", "--enforce-eager", "--kv-cache-gib", "3", "--drain-seconds", "0"),
+        *("--dictionary-root", "/tmp"),
     )
 
     assert config == ServerConfig(
         model="m",
         dictionaries=(DictionarySource(Path("/x"), "a"), DictionarySource(Path("/y"))),
+        dictionary_root=Path("/tmp"),
         sites=(Site("mlp_out", 3),),
         watch=(("a", 7),),
         host="::",
@@ -95,6 +97,7 @@ def test_the_settings_are_written_as_a_file_that_gives_them_again(tmp_path: Path
         *("--model", 'a "model"', "--dictionary", "a=/x", "--dictionary", "/y"),
         *("--site", "mlp_out.3", "--watch", "a:7", "--enforce-eager", "--kv-cache-gib", "3"),
         *("--tls-cert", "/c", "--tls-key", "/k"),
+        *("--dictionary-root", str(tmp_path)),
     )
     file = tmp_path / "steer.toml"
     file.write_text(config.to_toml())
@@ -149,6 +152,7 @@ def test_a_table_of_dictionaries_names_them(tmp_path: Path):
         (["--host", "0.0.0.0"], "host", "0.0.0.0 is reached.*auth_tokens.*tls_cert.*--insecure"),
         (["--host", "example.org"], "host", "auth_tokens"),
         (["--host", "0.0.0.0", "--tls-cert", "c", "--tls-key", "k"], "host", "auth_tokens"),
+        (["--dictionary-root", "/nowhere"], "dictionary_root", "/nowhere.*not a folder"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_came_and_what_may(arguments, key: str, said: str):
@@ -372,6 +376,36 @@ async def test_a_signal_drains_and_a_second_one_does_not_wait():
         await session.read()
         waiting = asyncio.ensure_future(_until_signal(service.server, service.engine, 60))
         await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(waiting, 2)
+
+    reset_signals()
+
+
+async def test_a_drain_call_ends_the_server(capsys):
+    running = asyncio.ensure_future(serve(ServerConfig("m", port=0, metrics_port=0), start_fake))
+    line = await Lines(capsys).containing("serving")
+    (target, _) = re.findall(r"127\.0\.0\.1:[0-9]+", line)
+
+    async with SteerClient(target) as client:
+        answer = await client.admin.drain()
+    await asyncio.wait_for(running, 5)
+    reset_signals()
+
+    assert (answer.running_calls, answer.drain_seconds) == (0, 30)
+
+
+async def test_a_drain_call_may_be_followed_by_one_signal_without_hurry():
+    async with serving() as service, SteerClient(service.target) as client:
+        service.engine.steps = asyncio.Semaphore(0)
+        call = service.steering.GenerateStream(started())
+        await call.read()
+        waiting = asyncio.ensure_future(_until_signal(service.server, service.engine, 60))
+        await client.admin.drain()
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(0.1)
         assert not waiting.done()

@@ -3,8 +3,10 @@
 With TRITON_INTERPRET=1 the same tests run through the Triton kernels instead of plain torch.
 """
 
+import gc
 import math
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -599,3 +601,49 @@ def test_a_dictionary_of_an_unserved_site_or_with_other_bytes_is_refused(
         runtime.residents.load("t", saved["t"].folder, "0" * 64)
     with pytest.raises(DictionaryMismatch, match="CUDA graphs"):
         runtime.residents.add("k", SITES[0], saved["k"].dictionary)
+
+
+@pytest.mark.parametrize("later", ["j", "i"], ids=["same site", "another site"])
+def test_another_dictionary_of_an_unloaded_ones_name_meets_nothing_of_it(
+    runtime: Runtime, saved: dict[str, Saved], later: str
+) -> None:
+    program = Program((FeatureEdit("t", Add(1, 2.0)),))
+    batch = Batch(runtime, 5)
+    batch.admit("kept", PROMPT, Program((FeatureEdit("r", Add(1, 1.0)),)))
+    batch.admit("old", PROMPT, program)
+    batch.step([("kept", 0, 2), ("old", 0, 2)])
+    # Its end is told with the coming step only.
+    runtime.unload("t")
+    runtime.residents.load("t", saved[later].folder, saved[later].arithmetic)
+    runtime.forget(["old"])
+    batch.admit("new", PROMPT, program)
+    batch.step([("kept", 2, 2), ("new", 0, 2)])
+
+    other = saved | {"t": saved[later]}
+    for name, position in (("new", 1), ("kept", 1), ("kept", 3)):
+        asked = program if name == "new" else Program((FeatureEdit("r", Add(1, 1.0)),))
+        for site in (0, 1):
+            x = batch.x(name, site, position)
+            change = change_at(other, asked, batch, name, site, position)
+            torch.testing.assert_close(batch.edited[name, site, position], x + change)
+    runtime.forget(["kept", "new"])
+    assert runtime.counts()["slots"] == 0
+
+
+@pytest.mark.parametrize("during_a_step", [False, True])
+def test_an_unloaded_dictionarys_rows_are_not_kept(
+    runtime: Runtime, saved: dict[str, Saved], during_a_step: bool
+) -> None:
+    batch = Batch(runtime, 6)
+    batch.admit("old", PROMPT, Program(read_outs=(ReadOut("t", top_k=2),)))
+    batch.step([("old", 0, 2)])
+    rows = weakref.ref(runtime.residents["t"].rows.decoder)
+    if during_a_step:
+        batch.begin([("old", 2, 1)])
+    runtime.unload("t")
+    if during_a_step:
+        runtime.end_step()
+        batch.begin([("plain", 0, 1)])
+
+    gc.collect()
+    assert rows() is None or rows() is saved["t"].dictionary.W_dec

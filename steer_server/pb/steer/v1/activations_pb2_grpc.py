@@ -74,13 +74,15 @@ class ActivationServiceServicer:
 
     def Inspect(self, request, context):
         """The features that some texts have most of, over all their tokens.
+
+        Every active feature counts. A token with more than 4,096 of them: FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Contrast(self, request, context):
-        """The features that some texts have more of than others.
+        """The features that some texts have more of than others. As Inspect.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,7 +90,7 @@ class ActivationServiceServicer:
 
     def WatchStats(self, request, context):
         """How the watched features do over all requests of this server; one response every interval, until the
-        client ends the call.
+        client ends the call. A server that drains ends it with UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

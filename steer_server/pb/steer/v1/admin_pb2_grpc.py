@@ -77,7 +77,7 @@ class AdminServiceServicer:
         It comes from the folder that the configuration names as `dictionary_root`; without one:
         FAILED_PRECONDITION. A dictionary of a site that the server was not started with, or of another model:
         FAILED_PRECONDITION, saying what to start it with. Files that are not what their card says: DATA_LOSS.
-        A dictionary that does not fit memory: RESOURCE_EXHAUSTED. Nothing changes then.
+        A dictionary that does not fit memory: RESOURCE_EXHAUSTED. Nothing changes then. Running requests go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,8 +86,9 @@ class AdminServiceServicer:
     def UnloadDictionary(self, request, context):
         """Takes a dictionary away.
 
-        New requests can no longer name it. While requests that name it run: FAILED_PRECONDITION, or with `wait`
-        it is gone when they have ended.
+        Its watched features cease to be watched. While requests run that name it, or began while features of it were
+        watched: FAILED_PRECONDITION. With `wait` new requests can no longer name it, and it is gone when those have
+        ended; a call that ends before leaves it as it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,7 +117,7 @@ class AdminServiceServicer:
 
     def Drain(self, request, context):
         """Begins to drain, as SIGTERM does: readiness fails, new calls are refused, running ones may end. The process
-        ends with the last of them, or when its drain time is over.
+        ends with the last of them, or when its drain time is over. One signal may follow without hurrying it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
