@@ -190,6 +190,7 @@ EDIT = {"dictionary": NAME, "feature": 3}
         ),
         ({"edits": [EDIT | {"ablate": {}, "when": {"dictionary": NAME}}]}, "edits[0].when.feature"),
         ({"read_outs": [{"dictionary": NAME, "top_k": 1.5}]}, "read_outs[0].top_k"),
+        ({"read_outs": [{"dictionary": NAME, "top_k": 1}] * 9}, "read_outs"),
         ("{", ""),
     ],
 )
@@ -199,6 +200,14 @@ def test_json_that_makes_no_sense_is_refused_by_its_path(content: Any, field: st
     with pytest.raises(SteerError) as caught:
         parse(text, DICTIONARIES)
     assert caught.value.field == field
+
+
+def test_read_outs_of_watched_features_do_not_count_against_the_clients() -> None:
+    program = Program(read_outs=(ReadOut(NAME, top_k=1),) * 8 + (ReadOut(NAME, features=(1,)),))
+
+    check(parse(program, DICTIONARIES), DICTIONARIES)
+
+    assert len(program.read_outs) == 9
 
 
 @pytest.mark.parametrize(
