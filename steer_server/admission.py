@@ -20,7 +20,8 @@ from steer_server.program_json import from_json, to_json
 
 MAX_EDITS = 1024
 """Of a program: as many as a row of the op's tables has room for. What clients may send is for who answers them."""
-MAX_READ_OUTS = 64
+MAX_READ_OUTS = 8
+"""That a client may send."""
 MAX_FEATURES = 256
 MAX_TOP_K = 128
 MAX_ROW_BYTES = 32_768
@@ -39,16 +40,18 @@ def parse(content: Any, dictionaries: Dictionaries) -> Program:
             content = json.loads(content)
         except ValueError as error:
             raise InvalidRequest(f"is not JSON: {error}", field="") from error
-    return from_json(content, dictionaries)
+    program = from_json(content, dictionaries)
+    # A program that comes ready has those of the watched features beside its client's.
+    if len(program.read_outs) > MAX_READ_OUTS:
+        count = len(program.read_outs)
+        raise InvalidRequest(f"{count} read-outs; at most {MAX_READ_OUTS}", field="read_outs")
+    return program
 
 
 def check(program: Program, dictionaries: Dictionaries) -> None:
     """Every name, index and number of the program is one that the resident dictionaries know."""
     if len(program.edits) > MAX_EDITS:
         raise InvalidRequest(f"{len(program.edits)} edits; at most {MAX_EDITS}", field="edits")
-    if len(program.read_outs) > MAX_READ_OUTS:
-        count = len(program.read_outs)
-        raise InvalidRequest(f"{count} read-outs; at most {MAX_READ_OUTS}", field="read_outs")
     _limit(program)
     seen: dict[tuple[str, int], int] = {}
     for index, entry in enumerate(program.edits):

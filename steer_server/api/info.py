@@ -6,11 +6,10 @@ import grpc
 from steer.v1 import edits_pb2, info_pb2, info_pb2_grpc
 
 from steer_server import __version__
-from steer_server.admission import MAX_FEATURES, MAX_TOP_K, MAX_UPDATES
+from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_TOP_K, MAX_UPDATES
 from steer_server.api.calls import MAX_REQUEST_BYTES
 from steer_server.api.dictionaries import write_dictionary
 from steer_server.api.edits import MAX_EDITS
-from steer_server.api.read_outs import MAX_READ_OUTS
 from steer_server.api.wire import Served
 from steer_server.generation import Engine
 from steer_server.metrics import version_of

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from steer.v1 import steering_pb2
 
-from steer_server.admission import MAX_EDITS, MAX_FEATURES, MAX_READ_OUTS, MAX_ROW_BYTES
+from steer_server.admission import MAX_EDITS, MAX_FEATURES, MAX_ROW_BYTES
 from steer_server.api import events
 from steer_server.api.calls import require_observe
 from steer_server.api.edits import check_feature, check_vocabulary
@@ -34,8 +34,8 @@ DEFAULT_LISTED = 10
 
 _EVERYWHERE = Scope(exclude_positions=frozenset())
 _SAMPLING = Sampling(max_tokens=1, temperature=0.0, distribution=True)
-_RESERVED_READ_OUTS = 16
-"""For those of watched features."""
+MAX_NAMED = 16_384
+"""Features read by name, of a dictionary whose activations may be negative."""
 
 
 class _Ran(NamedTuple):
@@ -206,10 +206,9 @@ def _read_outs(
         return (ReadOut(name, above=0.0, row_bytes=MAX_ROW_BYTES, generated=False),)
     # One that may be below 0 has to be asked for.
     features = range(stored.card.n_features) if wanted is None else wanted
-    most = MAX_FEATURES * (MAX_READ_OUTS - _RESERVED_READ_OUTS)
-    if len(features) > most:
+    if len(features) > MAX_NAMED:
         raise InvalidRequest(
-            f"{len(features)} features of a dictionary whose activations may be negative; at most {most}",
+            f"{len(features)} features of a dictionary whose activations may be negative; at most {MAX_NAMED}",
             field="sets" if wanted is not None else "all_features",
         )
     parts = [features[i : i + MAX_FEATURES] for i in range(0, len(features), MAX_FEATURES)]

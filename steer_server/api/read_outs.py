@@ -5,15 +5,13 @@ from typing import Any
 
 from steer.v1 import activations_pb2, edits_pb2
 
-from steer_server.admission import MAX_FEATURES, MAX_TOP_K
+from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_TOP_K
 from steer_server.api.edits import check_feature, read_phases
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import InvalidRequest
 from steer_server.program import ReadOut
 from steer_server.registry import Registry
 from steer_server.units import finite
-
-MAX_READ_OUTS = 8
 
 
 def read_read_outs(

@@ -29,26 +29,17 @@ class Match(NamedTuple):
     score: float
 
 
-class _Entry(NamedTuple):
-    """The words of a feature, folded: case and width do not count."""
-
-    feature: int
-    label: str
-    words: frozenset[str]
-    tokens: frozenset[str]
-    """Of its evidence."""
-
-
 def search(query: str, dictionaries: Mapping[str, StoredDictionary], evidence: bool) -> list[Match]:
     """All features that have every word of the query; best first, then by dictionary and index."""
     wanted = _fold(query)
     words = sorted(set(wanted.split()))
-    found = [
-        Match(name, entry.feature, stored.evidence[entry.feature].label, score)
-        for name, stored in dictionaries.items()
-        for entry in _entries(stored)
-        if (score := _score(entry, wanted, words, evidence))
-    ]
+    found = []
+    for name, stored in dictionaries.items():
+        tokens = _evidence(stored) if evidence else {}
+        for feature, label in _labels(stored):
+            score = _score(label, tokens.get(feature, ""), wanted, words)
+            if score:
+                found.append(Match(name, feature, stored.evidence[feature].label, score))
     return sorted(found, key=lambda match: (-match.score, match.dictionary, match.feature))
 
 
@@ -80,39 +71,44 @@ def read_token(token: str, digest: bytes) -> int:
     return offset
 
 
-def _score(entry: _Entry, wanted: str, words: Sequence[str], evidence: bool) -> float:
+def _score(label: str, tokens: str, wanted: str, words: Sequence[str]) -> float:
     """In 0..1: the label itself, then whole words of it, then parts of words, then the evidence; 0 is no match.
 
     Of two labels with the same words the shorter one says more of them.
     """
-    if entry.label == wanted:
+    if label == wanted:
         return 1.0
-    share = min(1.0, sum(map(len, words)) / max(1, len(entry.label)))
-    if all(word in entry.words for word in words):
-        return 0.6 + 0.3 * share
-    if all(word in entry.label for word in words):
-        return 0.3 + 0.3 * share
-    if not evidence:
+    if all(word in label for word in words):
+        share = min(1.0, sum(map(len, words)) / len(label))
+        whole = _words(label).issuperset(words)
+        return (0.6 if whole else 0.3) + 0.3 * share
+    if not tokens or not all(word in label or word in tokens for word in words):
         return 0.0
-    everything = entry.words | entry.tokens
-    if all(word in everything for word in words):
-        return 0.2
-    parts = all(any(word in text for text in everything) for word in words)
-    return 0.1 if parts else 0.0
+    own = _words(label)
+    return 0.2 if all(word in own or f" {word} " in tokens for word in words) else 0.1
 
 
-_INDEX: WeakKeyDictionary[StoredDictionary, tuple[_Entry, ...]] = WeakKeyDictionary()
-"""It goes with the dictionary."""
+_LABELS: WeakKeyDictionary[StoredDictionary, list[tuple[int, str]]] = WeakKeyDictionary()
+_TOKENS: WeakKeyDictionary[StoredDictionary, dict[int, str]] = WeakKeyDictionary()
+"""Of features with any evidence, folded: case and width do not count. They go with the dictionary, and hold few
+objects: the collector stops every thread while it looks at them."""
 
 
-def _entries(stored: StoredDictionary) -> tuple[_Entry, ...]:
-    found = _INDEX.get(stored)
-    if found is None:
-        found = _INDEX[stored] = tuple(
-            _Entry(feature, label := _fold(entry.label), _words(label), frozenset(_tokens(entry)))
-            for feature, entry in sorted(stored.evidence.items())
-        )
-    return found
+def _labels(stored: StoredDictionary) -> list[tuple[int, str]]:
+    if stored not in _LABELS:
+        entries = sorted(stored.evidence.items())
+        _LABELS[stored] = [(feature, _fold(entry.label)) for feature, entry in entries]
+    return _LABELS[stored]
+
+
+def _evidence(stored: StoredDictionary) -> dict[int, str]:
+    """The words of each feature's tokens, with a blank around each."""
+    if stored not in _TOKENS:
+        _TOKENS[stored] = {
+            feature: f" {' '.join(sorted(set(_tokens(entry))))} "
+            for feature, entry in stored.evidence.items()
+        }
+    return _TOKENS[stored]
 
 
 def _tokens(evidence: Evidence) -> Iterator[str]:

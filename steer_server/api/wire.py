@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from steer.v1 import activations_pb2, edits_pb2, steering_pb2
 
-from steer_server.admission import check, check_scopes
+from steer_server.admission import MAX_READ_OUTS, check, check_scopes
 from steer_server.api.calls import require_observe
 from steer_server.api.edits import Limits, check_feature, read_edits
 from steer_server.api.presets import Presets
 from steer_server.api.prompts import read_prompt
-from steer_server.api.read_outs import MAX_READ_OUTS, read_read_outs
+from steer_server.api.read_outs import read_read_outs
 from steer_server.errors import InvalidRequest, SteerError
 from steer_server.generation import Engine, Sampling
 from steer_server.program import (

@@ -196,6 +196,7 @@ EDIT = {"dictionary": NAME, "feature": 3}
         ({"max_relative_size": 1e39}, "max_relative_size"),
         ({"max_relative_size": 1, "oversize": "cut"}, "oversize"),
         ({"max_relative_size": 1, "oversize": ["clamp"]}, "oversize"),
+        ({"read_outs": [{"dictionary": NAME, "top_k": 1}] * 9}, "read_outs"),
         ("{", ""),
     ],
 )
@@ -205,6 +206,14 @@ def test_json_that_makes_no_sense_is_refused_by_its_path(content: Any, field: st
     with pytest.raises(SteerError) as caught:
         parse(text, DICTIONARIES)
     assert caught.value.field == field
+
+
+def test_read_outs_of_watched_features_do_not_count_against_the_clients() -> None:
+    program = Program(read_outs=(ReadOut(NAME, top_k=1),) * 8 + (ReadOut(NAME, features=(1,)),))
+
+    check(parse(program, DICTIONARIES), DICTIONARIES)
+
+    assert len(program.read_outs) == 9
 
 
 @pytest.mark.parametrize(
