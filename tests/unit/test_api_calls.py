@@ -113,13 +113,16 @@ async def test_the_trace_context_is_there_for_the_engine(metadata: dict, expecte
 
 async def test_a_call_with_no_time_left_is_refused_before_it_runs():
     async with serving() as service:
-        late = await failed(service.dictionaries.ListDictionaries(LIST, timeout=0.09))
+        refused = {"reason": "DEADLINE_TOO_SHORT"}
+        # On a busy machine the client's own clock may end a call before the server has seen it.
+        for _ in range(50):
+            late = await failed(service.dictionaries.ListDictionaries(LIST, timeout=0.09))
+            if service.metric("steer_requests_rejected_total", **refused):
+                break
         await service.dictionaries.ListDictionaries(LIST, timeout=5)
 
-        # The client's own clock may be the first to end it.
         assert late.code is Code.DEADLINE_EXCEEDED
-        labels = {"reason": "DEADLINE_TOO_SHORT"}
-        assert service.metric("steer_requests_rejected_total", **labels) == 1
+        assert service.metric("steer_requests_rejected_total", **refused) == 1
 
 
 async def test_metadata_beyond_8_kib_is_refused():
@@ -327,7 +330,7 @@ async def test_a_client_that_does_not_read_loses_its_call_and_is_told_so(kind: s
 
 
 async def test_a_client_that_reads_slowly_but_reads_keeps_its_call():
-    policy = Policy(slow_reader_seconds=0.4)
+    policy = Policy(slow_reader_seconds=1.0)
     async with (
         serving(policy=policy) as service,
         grpc.aio.insecure_channel(service.target, options=SMALL_WINDOW) as channel,
@@ -339,7 +342,7 @@ async def test_a_client_that_reads_slowly_but_reads_keeps_its_call():
         while (await call.read()) is not grpc.aio.EOF:
             received += 1
             if received % 250 == 0:
-                await asyncio.sleep(0.12)
+                await asyncio.sleep(0.25)
 
         assert received == 1502
         assert service.metric("steer_stream_slow_reader_aborts_total") == 0
