@@ -6,9 +6,10 @@ With TRITON_INTERPRET=1 the same tests run through the Triton kernels instead of
 import gc
 import math
 import os
+import re
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -442,21 +443,33 @@ def test_edits_too_large_for_the_model_are_left_out_and_fail_their_request(
 
 
 def test_a_token_past_its_programs_limit_fails_its_own_request_and_says_by_how_much(
-    runtime: Runtime,
+    runtime: Runtime, saved: dict[str, Saved]
 ) -> None:
-    batch = Batch(runtime, 5)
-    edit = FeatureEdit("t", AddRelative(1, 0.75), Scope(positions=frozenset({3})))
-    batch.admit("r", 6, Program((edit,), (), 0.5))
-    batch.admit("fine", 6, Program((edit,), (), 0.8))
-    batch.step([("r", 0, 2), ("fine", 0, 2)])
-    before = batch.x("r", 0, 3)
+    program = Program((FeatureEdit("t", Add(1, 2.0)),))
 
-    with pytest.raises(EditTooLarge, match=r"at position 3 .* 0\.75 times .* is 0\.5; .*clamp"):
-        batch.step([("fine", 2, 3), ("r", 2, 3)])
+    def sizes_of(batch: Batch) -> list[float]:
+        changes = [change_at(saved, program, batch, "r", 0, p).norm() for p in range(1, 6)]
+        return [float(c / batch.x("r", 0, p).norm()) for p, c in enumerate(changes, 1)]
 
-    assert torch.equal(batch.edited["r", 0, 3], (before - 0.25) + 0.25)
-    moved = batch.edited["fine", 0, 3] - batch.x("fine", 0, 3)
-    assert moved.norm() == pytest.approx(0.75 * batch.x("fine", 0, 3).norm())
+    # The largest is not on the first row of its run.
+    batches = (Batch(runtime, seed) for seed in range(99))
+    batch = next(batch for batch in batches if np.argmax(sizes_of(batch)) > 0)
+    *_, second, largest = sorted(sizes_of(batch))
+    position, limit = sizes_of(batch).index(largest) + 1, (second + largest) / 2
+    batch.admit("r", 6, replace(program, max_relative_size=limit))
+    batch.admit("fine", 6, replace(program, max_relative_size=9.0))
+
+    with pytest.raises(EditTooLarge) as caught:
+        batch.step([("fine", 0, 6), ("r", 0, 6)])
+
+    said = re.search(r"at position (\d+) .* (\S+) times .* is (\S+); .*clamp", str(caught.value))
+    assert said is not None
+    assert list(map(float, said.groups())) == pytest.approx([position, largest, limit], rel=1e-3)
+    x = batch.x("r", 0, position)
+    assert torch.equal(batch.edited["r", 0, position], (x - 0.25) + 0.25)
+    for name, p in (("r", 1), ("fine", 5)):
+        moved = batch.edited[name, 0, p] - batch.x(name, 0, p)
+        assert moved.norm() == pytest.approx(2.0, rel=1e-4)
     assert batch.accounts["fine"].limited_tokens == 0
 
 
