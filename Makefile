@@ -65,6 +65,8 @@ check: setup ## formatting, lint, types, import rules, protos
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code --exclude-path google
+	@# A clone without history has nothing to compare with.
+	! git rev-parse -q --verify HEAD~1 >/dev/null || (cd protos && ../$(BIN)/buf breaking --against '../.git#ref=HEAD~1,subdir=protos')
 	$(MAKE) protos && git diff --exit-code steer_server/pb
 
 bench: model ## benchmarks; results as JSON in build/
