@@ -27,8 +27,8 @@ def add_engine_options(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--dictionary",
         type=Path,
-        default=next(iter(sorted(Path("examples/dictionaries").glob("*/"))), None),
-        help="folder; default: the first in examples/dictionaries",
+        default=Path("examples/dictionaries/smollm2-135m-resid10"),
+        help="folder (default: %(default)s)",
     )
     made.add_argument("--compiled", action="store_true")
 

@@ -56,3 +56,24 @@ def test_the_demo_server_serves_and_watches_features_that_are_labelled(
     for name, feature in config.watch:
         assert name == shipped.card.name
         assert shipped.evidence[feature].label
+
+
+@pytest.mark.parametrize("site", ["resid_post.9", "resid_post.10", "attn_out.10", "mlp_out.10"])
+def test_each_of_the_four_sites_is_small_and_as_good_as_its_page_says(site: str) -> None:
+    folder = EXAMPLES / "dictionaries" / "smollm2-135m" / site
+    card = files.load(folder).card
+    quality = card.quality
+
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8_000_000
+    assert str(card.site) == site
+    assert quality is not None
+    assert quality.ce_recovered is not None
+    row = (
+        f"| `{site}` | {quality.l0:.1f} | {quality.fvu:.3f} | {quality.pca_fvu:.3f} "
+        f"| {quality.delta_ce:.3f} | {quality.ce_recovered:.3f} | {quality.kl:.3f} "
+        f"| {quality.dead_share:.1%} |"
+    )
+    assert row in (EXAMPLES / "README.md").read_text()
+    config = tomllib.loads((EXAMPLES / "smollm2-135m-sites.toml").read_text())
+    trained = card.training["config"]
+    assert all(trained[key] == config[key] for key in ("n_features", "k", "lr", "epochs"))
