@@ -7,7 +7,7 @@ import pytest
 from steer.v1 import steering_pb2
 
 from steer_client import CallFailed, SteerClient, ablate, add, clamp, read, rejection
-from steer_server.api.session import _covering
+from steer_server.api.session import SessionLimits, _covering
 from steer_server.generation import RevisionApplied
 from tests.unit.serving import NAME, Serving, serving
 
@@ -340,3 +340,86 @@ def test_an_update_is_covered_by_the_last_of_those_that_began_with_it(revision, 
     covering = _covering(applied, revision)
 
     assert covering == (RevisionApplied(*expected) if expected else None)
+
+
+async def test_an_update_may_name_the_token_it_holds_from(service, session):
+    events = Reader(session)
+    await session.start("hello", max_tokens=6)
+    step(service)
+    await events.until("Tokens")
+    update_id = await session.update(FIRST, at_index=4)
+    await until(lambda: programs(service) == 2)
+    step(service, 5)
+
+    after = await events.until("Finished")
+
+    (applied,) = [event for event in after if kind(event) == "UpdateApplied"]
+    assert (applied.update_id, applied.first_index) == (update_id, 4)
+    tokens = [event for event in after if kind(event) == "Tokens"]
+    assert [(t.first_index, t.revision) for t in tokens] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
+
+
+async def test_an_update_past_the_turn_is_rejected_and_the_turn_goes_on(service, session):
+    events = Reader(session)
+    await session.start("hello", max_tokens=2)
+    await session.update(FIRST, at_index=2)
+
+    (rejected,) = (await events.until("UpdateRejected"))[-1:]
+    assert rejection(rejected).code is grpc.StatusCode.OUT_OF_RANGE
+    assert rejection(rejected).field == "update.at_index"
+    step(service, 2)
+    assert (await events.until("Finished"))[-1].usage.generated_tokens == 2
+
+
+async def test_read_outs_change_with_an_update_and_stay_without(service, session):
+    events = Reader(session)
+    await session.start("hello", max_tokens=4, read_outs=[read(NAME, [2])])
+    step(service)
+    await events.until("Tokens")
+    for number, read_outs in enumerate([[read(NAME, [5]), read(NAME, [6])], None]):
+        await session.update([], read_outs=read_outs)
+        await until(lambda number=number: programs(service) == number + 2)
+        step(service)
+        applied = (await events.until("UpdateApplied"))[-1]
+        (tokens,) = await events.until("Tokens")
+        asked = [list(entry.features.features) for entry in applied.read_outs]
+        assert asked == [[5], [6]]
+        assert {entry.read_out for entry in tokens.activations} == {0, 1}
+
+
+async def test_a_paused_turn_computes_nothing_until_it_is_resumed(service, session):
+    events = Reader(session)
+    await session.start("hello", max_tokens=3)
+    step(service)
+    await events.until("Tokens")
+    await session.pause()
+    await events.until("Paused")
+    step(service, 2)
+    await asyncio.sleep(0.1)
+    computed = len(service.engine.computed)
+    await asyncio.sleep(0.1)
+    assert len(service.engine.computed) == computed < 3
+    await session.pause()
+    await session.resume()
+
+    after = await events.until("Finished")
+
+    assert [kind(event) for event in after if kind(event) != "Tokens"] == ["Resumed", "Finished"]
+    assert after[-1].usage.generated_tokens == 3
+
+
+async def test_a_session_that_idles_or_lives_too_long_ends_and_says_so():
+    for limits, why in (
+        (SessionLimits(idle_seconds=0.1), "neither a command nor a token"),
+        (SessionLimits(max_seconds=0.1), "at most"),
+    ):
+        async with serving(limits=limits) as service, SteerClient(service.target) as client:
+            service.engine.steps = asyncio.Semaphore(0)
+            async with client.session() as session:
+                await session.start("hello")
+                with pytest.raises(CallFailed, match=why) as caught:
+                    await Reader(session).until("Finished")
+            await until(lambda service=service: not service.engine.running)
+
+        assert caught.value.code is grpc.StatusCode.ABORTED
+        assert caught.value.reason == "SESSION_EXPIRED"
