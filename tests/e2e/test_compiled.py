@@ -42,7 +42,10 @@ async def started(model: Path, site: Site = SITE) -> AsyncIterator[VllmEngine]:
 
 async def run_plain_vllm(model: Path, prompt: list[int]) -> None:
     llm = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(model=str(model), max_model_len=512, max_num_seqs=4, dtype="float32")
+        # max_logprobs as steer has it, for it is part of the compile cache's key.
+        AsyncEngineArgs(
+            model=str(model), max_model_len=512, max_num_seqs=4, dtype="float32", max_logprobs=-1
+        )
     )
     try:
         async for _ in llm.generate(
