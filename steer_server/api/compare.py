@@ -27,7 +27,7 @@ async def responses(
     """What SteeringService.Compare returns."""
     arms = _read(generations, request)
     runs = [
-        generations.begin("Compare", f"{request_id}-{number}", arm)
+        generations.begin("Compare", f"{request_id}:{number}", arm)
         for number, arm in enumerate(arms)
     ]
     tokenizer = generations.engine.tokenizer
@@ -45,7 +45,7 @@ async def responses(
         score(
             generations,
             "Compare",
-            f"{request_id}-{number}-score",
+            f"{request_id}:{number}:score",
             arm.prompt_token_ids,
             drawn[0],
             replace(arm.program, read_outs=()),

@@ -63,7 +63,7 @@ class Generations:
             if sampling.seed is not None:
                 sampling = replace(sampling, seed=sampling.seed + number)
             one = replace(request, sampling=sampling, n=1)
-            runs.append(self.begin(rpc, f"{request_id}-{number}", one))
+            runs.append(self.begin(rpc, f"{request_id}:{number}", one))
         return runs
 
 

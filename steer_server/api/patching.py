@@ -95,7 +95,7 @@ async def answer(
 
     async def run(name: str, ids: Sequence[int], program: Program) -> _Ran:
         resolved = ResolvedRequest(tuple(ids), _SAMPLING, program)
-        return await _run(generations, f"{request_id}-{name}", resolved)
+        return await _run(generations, f"{request_id}:{name}", resolved)
 
     wanted = None if request.all_features else sorted({f for chosen in sets for f in chosen})
     read = Program(read_outs=_read_outs(request.dictionary, stored, wanted))

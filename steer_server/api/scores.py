@@ -43,7 +43,7 @@ async def answer(
     computed = min(map(len, continuations)) + 1
     program = read_program(request, served, len(prompt), "", computed=computed)
     scores = await together(
-        score(generations, "Score", f"{request_id}-{index}", prompt, continuation, program)
+        score(generations, "Score", f"{request_id}:{index}", prompt, continuation, program)
         for index, continuation in enumerate(continuations)
     )
     tokenizer = served.engine.tokenizer

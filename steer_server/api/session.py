@@ -193,7 +193,7 @@ class Session:
         request = read_generation(message.generation, served, "start_turn.generation")
         self._entry.turns += 1
         self._entry.generating = True
-        name = f"{self._entry.session_id}-{self._entry.turns}"
+        name = f"{self._entry.session_id}:{self._entry.turns}"
         run = self._generations.begin("Session", name, request, live=True)
         outputs = run.outputs()
         max_tokens, read_outs = request.sampling.max_tokens, request.program.read_outs

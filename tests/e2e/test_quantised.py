@@ -22,7 +22,7 @@ from tests.e2e.models import (
 from tests.e2e.reference import Reference
 from tests.e2e.test_engine import from_one
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 SITE = Site("resid_post", 1)
 EDITS = (AddRelative(9, 0.5), Ablate(7))

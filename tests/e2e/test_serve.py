@@ -206,6 +206,7 @@ def test_beam_search_with_edits_is_refused(steered: Server) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.nightly
 def test_vllms_own_python_classes_take_programs_too_whatever_was_configured_before(
     model_path: Path,
     random_dictionary: StoredDictionary,

@@ -26,7 +26,7 @@ from trainer.difference import difference
 from trainer.model import Read, load_model, load_tokenizer, read_sites
 from trainer.stop import Stop
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
 SITES = [Site.parse("mlp_out.4"), SITE]
 CONTEXT, SHARED, CHUNK = 160, 150, 96

@@ -20,13 +20,11 @@ PROPERTY = "tests/e2e/test_property.py"
 
 # Triton's interpreter is slow: these are what a change of the runner or of the kernels would break first.
 V2 = "hook[add] or hook[clamp] or read_out_equals"
-ASYNC = "mixed_batch or chunks or exactly_the_index or first_token or read_out_equals or paused_generation"
 
 
 @pytest.mark.parametrize(
     ("modes", "tests"),
     [
-        ("async", [ENGINE, "-k", ASYNC]),
         ("piecewise,unsalted", ["tests/e2e/vllm_modes/stale_cache.py"]),
         ("v2,kernels", [ENGINE, "-k", V2]),
         pytest.param("async", [ENGINE, PROPERTY], marks=pytest.mark.nightly),
