@@ -184,9 +184,9 @@ def _of_preset(
 
 def _read_size_limit(message: edits_pb2.SizeLimit, path: str) -> dict[str, Any]:
     size = message.max_relative_size
-    if not 0 < size <= MAX_RELATIVE_SIZE:
+    if not 0 < size < MAX_RELATIVE_SIZE:
         raise InvalidRequest(
-            f"{size} is not above 0 and at most {MAX_RELATIVE_SIZE:g}",
+            f"{size} is not above 0 and below {MAX_RELATIVE_SIZE:g}",
             field=f"{path}.max_relative_size",
         )
     if message.oversize not in _OVERSIZE:
