@@ -25,6 +25,7 @@ from steer_server.api.generations import Generations
 from steer_server.api.interceptor import Policy
 from steer_server.api.presets import Presets
 from steer_server.api.server import Server
+from steer_server.api.session import SessionLimits
 from steer_server.api.tls import TlsFiles
 from steer_server.dictionary.card import Card, Model, Quality
 from steer_server.dictionary.dictionary import Dictionary
@@ -123,6 +124,7 @@ async def serving(
     operations: Operations | None = None,
     more: Mapping[str, StoredDictionary] | None = None,
     presets: Presets | None = None,
+    limits: SessionLimits = SessionLimits(),  # noqa: B008 - frozen
 ) -> AsyncIterator[Serving]:
     """The server on a free port with the small dictionary and `more`, and a channel to it, which is of no use with TLS."""
     engine = FakeEngine(D_MODEL)
@@ -135,7 +137,7 @@ async def serving(
     server = Server(metrics, replace(policy, max_calls=max_calls))
     target = f"127.0.0.1:{server.bind('127.0.0.1', 0, tls)}"
     generations = Generations(engine, registry, metrics, watch or {}, presets)
-    await server.start(generations, operations or Operations())
+    await server.start(generations, operations or Operations(), limits)
     if ready:
         await server.open()
     async with grpc.aio.insecure_channel(target) as channel:
