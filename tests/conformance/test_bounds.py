@@ -3,7 +3,8 @@
 import pytest
 from google.rpc import error_details_pb2
 
-from tests.conformance.bounds import AT_BOUNDS, CASES, ENGINE_ONLY, Case, Change
+from tests.conformance.bounds import AT_BOUNDS, CASES, ENGINE_ONLY
+from tests.conformance.cases import Case, Change
 from tests.conformance.contract import bounds
 from tests.conformance.requests import GOOD, answers, changed
 from tests.unit.serving import Serving

@@ -14,8 +14,10 @@ from steer_server.api import errors as wire
 from steer_server.api.auth import Scope, TokenFile, new_token
 from steer_server.api.interceptor import Policy
 from steer_server.api.session import SessionLimits
-from tests.conformance.bounds import (
-    Change,
+from tests.conformance.cases import Change
+from tests.conformance.contract import reasons
+from tests.conformance.requests import GOOD, held, refused
+from tests.conformance.scenes import (
     failure,
     no_memory,
     no_root,
@@ -24,8 +26,6 @@ from tests.conformance.bounds import (
     too_many_calls,
     unload_in_use,
 )
-from tests.conformance.contract import reasons
-from tests.conformance.requests import GOOD, held, refused
 from tests.unit.serving import NAME, Serving, serving
 
 Ask = Callable[[Serving, Path], Awaitable[CallFailed]]

@@ -33,9 +33,8 @@ from tests.unit.serving import (
 )
 
 Code = grpc.StatusCode
-INVALID, RANGE, MISSING, STATE, TAKEN = (
+INVALID, MISSING, STATE, TAKEN = (
     Code.INVALID_ARGUMENT,
-    Code.OUT_OF_RANGE,
     Code.NOT_FOUND,
     Code.FAILED_PRECONDITION,
     Code.ALREADY_EXISTS,
@@ -463,21 +462,6 @@ async def test_a_dictionary_takes_its_watched_features_with_it(root: Path):
         assert in_use.reason == "DICTIONARY_IN_USE"
         assert [entry.feature for entry in (await watches(service)).previous] == [3]
         assert series(service, "second") == set()
-
-
-@pytest.mark.parametrize(
-    ("entries", "code", "field"),
-    [
-        ([("other", 0)], MISSING, "features[0].dictionary"),
-        ([(NAME, 1), (NAME, 32)], RANGE, "features[1].feature"),
-        ([(NAME, 1), (NAME, 2), (NAME, 1)], INVALID, "features[2]"),
-        ([(NAME, 1)] * 101, INVALID, "features"),
-    ],
-)
-async def test_a_wrong_watch_list_is_refused_by_field(running: Serving, entries, code, field):
-    error = await fails(watches(running, *entries))
-
-    assert (error.code, error.field) == (code, field)
 
 
 def start() -> steering_pb2.SessionRequest:
