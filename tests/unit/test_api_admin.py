@@ -528,6 +528,23 @@ async def test_a_closed_session_ends_and_its_turn_with_it(turn: bool):
     assert len(service.engine.aborted) == int(turn)
 
 
+async def test_a_client_that_leaves_as_its_session_is_closed_leaves_no_turn():
+    async with serving() as service:
+        service.engine.steps = asyncio.Semaphore(0)
+        session = service.steering.Session()
+        await session.write(start())
+        await session.read()
+        (found,) = await listed(service)
+        closing = admin_pb2.CloseSessionRequest(session_id=found.session_id)
+        await service.admin.CloseSession(closing)
+        session.cancel()
+        async with asyncio.timeout(5):
+            while service.engine.running:
+                await asyncio.sleep(0.005)
+
+    assert len(service.engine.aborted) == 1
+
+
 async def test_closing_an_unknown_session_is_refused(running: Serving):
     error = await fails(
         running.admin.CloseSession(admin_pb2.CloseSessionRequest(session_id="gone"))
