@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model corpus protos demo serve test test-unit test-nightly test-versions test-prometheus check bench bench-trainers
+.PHONY: help setup lock model corpus protos demo serve test test-unit test-conformance test-nightly test-versions test-prometheus check bench bench-trainers
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ test: model ## unit tests, and beside them end-to-end tests with the real model 
 test-unit: model ## what needs no engine
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not e2e and not prometheus and not gpu and not nightly"
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/unit/test_runtime.py
+
+test-conformance: setup ## every RPC, bound and error of the API
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m conformance
 
 test-nightly: model ## what takes hours: 200 random batches, 5,000 requests, the V2 model runner, more model families
 	$(BIN)/pytest -m "nightly and not gpu"

@@ -19,6 +19,7 @@ _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
     errors.PositionOutOfRange: (_Code.OUT_OF_RANGE, "POSITION_OUT_OF_RANGE"),
     errors.ConflictingEdits: (_Code.INVALID_ARGUMENT, "CONFLICTING_EDITS"),
     errors.PromptTooLong: (_Code.INVALID_ARGUMENT, "PROMPT_TOO_LONG"),
+    errors.EditTooLarge: (_Code.INVALID_ARGUMENT, "EDIT_TOO_LARGE"),
     errors.NotFound: (_Code.NOT_FOUND, "NOT_FOUND"),
     errors.DictionaryNotFound: (_Code.NOT_FOUND, "DICTIONARY_NOT_FOUND"),
     errors.PresetNotFound: (_Code.NOT_FOUND, "PRESET_NOT_FOUND"),

@@ -107,7 +107,7 @@ async def answer(
         sets = [difference.features, *sets]
     differing = set(difference.features)
     patched = [[feature for feature in chosen if feature in differing] for chosen in sets]
-    _check_room(patched, generations)
+    _check_room(patched, generations, request.all_features)
 
     async def patch(number: int, features: Sequence[int]) -> _Ran:
         if not features:
@@ -215,13 +215,16 @@ def _read_outs(
     return tuple(ReadOut(name, features=tuple(part), generated=False) for part in parts)
 
 
-def _check_room(patched: Sequence[Sequence[int]], generations: Generations) -> None:
+def _check_room(
+    patched: Sequence[Sequence[int]], generations: Generations, all_features: bool
+) -> None:
     most = min(MAX_EDITS, generations.engine.slot_load.capacity)
     for index, features in enumerate(patched):
         if len(features) > most:
+            number = index - all_features
             raise InvalidRequest(
                 f"result {index} would patch {len(features)} features; at most {most} together",
-                field="sets",
+                field="all_features" if number < 0 else f"sets[{number}].features",
             )
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from steer.v1 import activations_pb2, edits_pb2
 
-from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_TOP_K
+from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_ROW_BYTES, MAX_TOP_K
 from steer_server.api.edits import check_feature, read_phases
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import InvalidRequest
-from steer_server.program import ReadOut
+from steer_server.program import ENTRY_BYTES, ReadOut
 from steer_server.registry import Registry
 from steer_server.units import finite
 
@@ -73,12 +73,23 @@ def _read_selection(
             where = f"{path}.features.features"
             return {"features": read_features(message.features.features, stored, where)}
         case "above":
-            threshold = finite(message.above.threshold, field=f"{path}.above.threshold")
-            if not message.above.HasField("row_bytes"):
-                return {"above": threshold}
-            return {"above": threshold, "row_bytes": message.above.row_bytes}
+            return _read_above(message.above, f"{path}.above")
         case _:
             raise InvalidRequest("set one of top_k, features and above", field=f"{path}.selection")
+
+
+def _read_above(message: activations_pb2.Above, path: str) -> dict[str, Any]:
+    threshold = finite(message.threshold, field=f"{path}.threshold")
+    if threshold < 0:
+        raise InvalidRequest(f"{threshold:g} is not at least 0", field=f"{path}.threshold")
+    if not message.HasField("row_bytes"):
+        return {"above": threshold}
+    if not ENTRY_BYTES <= message.row_bytes <= MAX_ROW_BYTES:
+        raise InvalidRequest(
+            f"{message.row_bytes} is not in {ENTRY_BYTES}..{MAX_ROW_BYTES}",
+            field=f"{path}.row_bytes",
+        )
+    return {"above": threshold, "row_bytes": message.row_bytes}
 
 
 def _write_read_out(entry: ReadOut) -> activations_pb2.ReadOut:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -65,12 +66,23 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+class _Health(health.aio.HealthServicer):  # pyright: ignore[reportAttributeAccessIssue]
+    """With List, which the library leaves out although reflection tells of it."""
+
+    # The types that pyright knows are older than the method.
+    async def List(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        asked = {name: health_pb2.HealthCheckRequest(service=name) for name in ("", *SERVICES)}
+        statuses = {name: await self.Check(one, context) for name, one in asked.items()}
+        response: Any = health_pb2.HealthListResponse  # pyright: ignore[reportAttributeAccessIssue]
+        return response(statuses=statuses)
+
+
 class Server:
     """Binds early, so that a taken port is known before a model is loaded; serves when started."""
 
     def __init__(self, metrics: Metrics, policy: Policy = Policy()) -> None:  # noqa: B008 - frozen
         self._gate = Gate(policy.max_calls)
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._health = _Health()
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(self._gate, policy, metrics)], options=_OPTIONS
         )

@@ -119,7 +119,11 @@ class Session:
                 for response in [*self._on_end(), *await self._on_time()]:
                     yield response
         finally:
-            await stop(draining, closed, *([command] if command else []))
+            waiting = [draining, closed, *([command] if command else [])]
+            if self._turn:
+                waiting.append(self._turn.next_output)
+            # All are cancelled before the first wait, which a client that leaves cuts short.
+            await stop(*waiting)
             if self._turn:
                 await self._close(self._turn)
 

@@ -184,9 +184,9 @@ def _of_preset(
 
 def _read_size_limit(message: edits_pb2.SizeLimit, path: str) -> dict[str, Any]:
     size = message.max_relative_size
-    if not 0 < size <= MAX_RELATIVE_SIZE:
+    if not 0 < size < MAX_RELATIVE_SIZE:
         raise InvalidRequest(
-            f"{size} is not above 0 and at most {MAX_RELATIVE_SIZE:g}",
+            f"{size} is not above 0 and below {MAX_RELATIVE_SIZE:g}",
             field=f"{path}.max_relative_size",
         )
     if message.oversize not in _OVERSIZE:
@@ -275,14 +275,6 @@ def _read_stops(stops: Sequence[str], path: str) -> tuple[str, ...]:
     return tuple(stops)
 
 
-_PROTO_NAMES = {
-    "features": "features.features",
-    "above": "above.threshold",
-    "row_bytes": "above.row_bytes",
-}
-"""Of a read-out's values that lie deeper in the proto than in a program."""
-
-
 @contextmanager
 def _within(path: str, sources: Sequence[str]) -> Iterator[None]:
     """Errors of a program name their place in the request.
@@ -298,10 +290,7 @@ def _within(path: str, sources: Sequence[str]) -> Iterator[None]:
         yield
     except SteerError as error:
         error.args = (_EDIT.sub(source, str(error)),)
-        start, dot, last = error.field.rpartition(".")
-        if start.startswith("read_outs"):
-            last = _PROTO_NAMES.get(last, last)
-        place = _EDIT.sub(source, f"{start}{dot}{last}")
+        place = _EDIT.sub(source, error.field)
         if place.startswith("presets"):
             # The request has no path to what is inside one.
             place = place.partition(".")[0]

@@ -33,9 +33,8 @@ from tests.unit.serving import (
 )
 
 Code = grpc.StatusCode
-INVALID, RANGE, MISSING, STATE, TAKEN = (
+INVALID, MISSING, STATE, TAKEN = (
     Code.INVALID_ARGUMENT,
-    Code.OUT_OF_RANGE,
     Code.NOT_FOUND,
     Code.FAILED_PRECONDITION,
     Code.ALREADY_EXISTS,
@@ -465,21 +464,6 @@ async def test_a_dictionary_takes_its_watched_features_with_it(root: Path):
         assert series(service, "second") == set()
 
 
-@pytest.mark.parametrize(
-    ("entries", "code", "field"),
-    [
-        ([("other", 0)], MISSING, "features[0].dictionary"),
-        ([(NAME, 1), (NAME, 32)], RANGE, "features[1].feature"),
-        ([(NAME, 1), (NAME, 2), (NAME, 1)], INVALID, "features[2]"),
-        ([(NAME, 1)] * 101, INVALID, "features"),
-    ],
-)
-async def test_a_wrong_watch_list_is_refused_by_field(running: Serving, entries, code, field):
-    error = await fails(watches(running, *entries))
-
-    assert (error.code, error.field) == (code, field)
-
-
 def start() -> steering_pb2.SessionRequest:
     return steering_pb2.SessionRequest(start_turn={"generation": request().generation})
 
@@ -542,6 +526,23 @@ async def test_a_closed_session_ends_and_its_turn_with_it(turn: bool):
 
     assert (error.code, error.reason) == (Code.ABORTED, "SESSION_CLOSED")
     assert len(service.engine.aborted) == int(turn)
+
+
+async def test_a_client_that_leaves_as_its_session_is_closed_leaves_no_turn():
+    async with serving() as service:
+        service.engine.steps = asyncio.Semaphore(0)
+        session = service.steering.Session()
+        await session.write(start())
+        await session.read()
+        (found,) = await listed(service)
+        closing = admin_pb2.CloseSessionRequest(session_id=found.session_id)
+        await service.admin.CloseSession(closing)
+        session.cancel()
+        async with asyncio.timeout(5):
+            while service.engine.running:
+                await asyncio.sleep(0.005)
+
+    assert len(service.engine.aborted) == 1
 
 
 async def test_closing_an_unknown_session_is_refused(running: Serving):

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from steer.v1 import steering_pb2
 
-from steer_client import CallFailed, SteerClient, add, clamp
+from steer_client import CallFailed, SteerClient, add
 from steer_server.generation import SlotLoad
-from tests.unit.serving import INPUT_SCALE, NAME, Serving, collect, serving, small_dictionary
+from tests.unit.serving import INPUT_SCALE, NAME, Serving, serving, small_dictionary
 
 SOURCE, TARGET = "hello", "hulks"
 SLOTS = 31
@@ -143,86 +142,3 @@ async def test_positions_pair_a_target_with_another_place_of_the_source(running)
 
     differing = (f_source[1] != f_target[-1]).nonzero()[:, 0].tolist()
     assert sorted(response.differing_features) == differing
-
-
-@pytest.mark.parametrize(
-    ("call", "code", "field"),
-    [
-        (lambda c: c.score("", ["a"]), "INVALID_ARGUMENT", "prompt.text"),
-        (lambda c: c.score("he", []), "INVALID_ARGUMENT", "continuations"),
-        (lambda c: c.score("he", [""]), "INVALID_ARGUMENT", "continuations[0].text"),
-        (lambda c: c.score("he", ["a" * 62]), "INVALID_ARGUMENT", "continuations[0].text"),
-        (lambda c: c.score("he", [[128]]), "INVALID_ARGUMENT", "continuations[0].token_ids.ids[0]"),
-        (
-            lambda c: c.score("he", ["a"], [clamp((NAME, 99), 1)]),
-            "OUT_OF_RANGE",
-            "edits[0].feature",
-        ),
-        (lambda c: c.score("he", ["a"], presets=["x"]), "NOT_FOUND", "presets[0]"),
-        (lambda c: c.patch("he", "hi", "none", [[1]]), "NOT_FOUND", "dictionary"),
-        (lambda c: c.patch("he", "hi", NAME), "INVALID_ARGUMENT", "sets"),
-        (lambda c: c.patch("he", "his", NAME, [[1]]), "INVALID_ARGUMENT", "positions"),
-        (lambda c: c.patch("he", "hi", NAME, [[1, 1]]), "INVALID_ARGUMENT", "sets[0].features"),
-        (lambda c: c.patch("he", "hi", NAME, [[99]]), "OUT_OF_RANGE", "sets[0].features[0]"),
-        (
-            lambda c: c.patch("he", "hi", NAME, [[1]], positions={2: 0}),
-            "OUT_OF_RANGE",
-            "positions[0].target",
-        ),
-        (
-            lambda c: c.patch("he", "hi", NAME, [[1]], positions={1: -3}),
-            "OUT_OF_RANGE",
-            "positions[0].source",
-        ),
-        (
-            lambda c: c.patch("he", "hi", NAME, [[1]], positions={1: 1, -1: 1}),
-            "INVALID_ARGUMENT",
-            "positions[1].target",
-        ),
-        (lambda c: c.patch("he", "hi", NAME, [[1]], top_k=0), "INVALID_ARGUMENT", "top_k"),
-        (
-            lambda c: c.patch("he", "hi", NAME, [[1]], token_ids=[128]),
-            "INVALID_ARGUMENT",
-            "token_ids[0]",
-        ),
-        (
-            lambda c: c.patch("he", "hi", NAME, [[1]], token_ids=[1] * 257),
-            "INVALID_ARGUMENT",
-            "token_ids",
-        ),
-    ],
-)
-async def test_bad_values_are_refused_by_path(running, call, code: str, field: str):
-    with pytest.raises(CallFailed) as caught:
-        await call(running[1])
-
-    assert (caught.value.code.name, caught.value.field) == (code, field)
-
-
-@pytest.mark.parametrize(
-    ("fields", "field"),
-    [
-        ({"arms": [steering_pb2.Arm()]}, "generation"),
-        ({"generation": {"prompt": {"text": "he"}}}, "arms"),
-        (
-            {
-                "generation": {"prompt": {"text": "he"}, "sampling": {"n": 2}},
-                "arms": [steering_pb2.Arm()],
-            },
-            "generation.sampling.n",
-        ),
-        (
-            {"generation": {"prompt": {"text": "he"}}, "arms": [steering_pb2.Arm(presets=["x"])]},
-            "arms[0].presets[0]",
-        ),
-        (
-            {"generation": {"prompt": {"text": "h" * 63}}, "arms": [steering_pb2.Arm()]},
-            "generation.prompt",
-        ),
-    ],
-)
-async def test_a_bad_comparison_is_refused_by_path(running, fields, field: str):
-    with pytest.raises(CallFailed) as caught:
-        await collect(running[0].steering.Compare(steering_pb2.CompareRequest(**fields)))
-
-    assert caught.value.field == field
