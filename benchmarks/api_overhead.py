@@ -1,7 +1,7 @@
 """What our gRPC costs a client beside vLLM's own OpenAI server: time to the first token, and between tokens.
 
 Two servers with the same model and engine settings run side by side, each as an operator starts it: `steer-server` and
-`vllm serve`. A client process puts 1, 8 and 32 streams on one of them while the other idles, in turns; a round is a
+vLLM's `api_server` (what `vllm serve` runs). A client process puts 1, 8 and 32 streams on one of them while the other idles, in turns; a round is a
 burst on each, in changing order, and a ratio is the median over rounds of (ours / vLLM's) of the same round. `readout`
 is the same with the 32 strongest features of every generated token streamed along, which vLLM cannot give: its ratio is to
 vLLM's plain streams. `null` is vLLM's server against itself, burst against burst: what the machine's noise amounts to.
@@ -169,8 +169,8 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
     steer = [str(bin_folder / "steer-server"), "--model", model, *common]
     steer += ["--dictionary", f"d={options.dictionary}", "--port", str(ours)]
     steer += ["--metrics-port", str(metrics), "--kv-cache-gib", "1"]
-    vllm = [str(bin_folder / "vllm"), "serve", model, *common, "--port", str(theirs)]
-    vllm += ["--served-model-name", "m", "--disable-uvicorn-access-log"]
+    vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *common]
+    vllm += ["--port", str(theirs), "--served-model-name", "m", "--disable-uvicorn-access-log"]
     with tempfile.TemporaryFile() as log:
         processes = [
             subprocess.Popen(command, env=environment, stdout=log, stderr=log)
