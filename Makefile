@@ -78,6 +78,7 @@ bench: model ## benchmarks; results as JSON in build/
 	$(BIN)/python benchmarks/serving_overhead.py --compiled --json build/serving_overhead_compiled.json
 	$(BIN)/python benchmarks/growth.py --json build/growth.json --plot build/growth.svg
 	$(BIN)/python benchmarks/live_update.py --json build/live_update.json
+	$(BIN)/python benchmarks/api_overhead.py --json build/api_overhead.json
 
 bench-trainers: model corpus ## the trainer against SAELens, sparsify and dictionary_learning (5 GB, hours)
 	$(BIN)/python benchmarks/trainer_throughput.py --json build/trainer_throughput.json

@@ -14,7 +14,12 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     "README.md": ("costs",),
-    "benchmarks/README.md": ("serving_overhead", "trainer_throughput", "trainer_quality"),
+    "benchmarks/README.md": (
+        "serving_overhead",
+        "api_overhead",
+        "trainer_throughput",
+        "trainer_quality",
+    ),
 }
 """Markers by page."""
 
@@ -42,6 +47,12 @@ TRAINER_CASES = {
     "wide": "TopK, 16,384",
     "sweep": "16 L1 dictionaries of 1,152",
 }
+API_ARMS = {
+    "steer": "steer's gRPC",
+    "readout": "with the top 32 features of every token",
+    "null": "vLLM's server against itself",
+}
+LATENCIES = {"first token": "first", "between tokens": "between"}
 _UNMEASURED = "No run is committed yet."
 
 
@@ -64,6 +75,38 @@ def costs() -> str:
 def serving_overhead() -> str:
     """Speed against plain vLLM: for each mode a table, a row a case and a column a load."""
     return "\n\n".join(map(_overhead, _results()))
+
+
+def api_overhead() -> str:
+    """Latency of our gRPC over that of vLLM's own server, a row an arm and a column a load."""
+    path = RESULTS / "api_overhead.json"
+    if not path.exists():
+        return _UNMEASURED
+    result = json.loads(path.read_text())
+    loads = result["loads"]
+    columns = [
+        f"{load['streams']} stream{'s' * (load['streams'] > 1)}, {name}"
+        for load in loads
+        for name in LATENCIES
+    ]
+    lines = [
+        f"{'Compiled' if result['compiled'] else 'Eager'}, prompts of {result['prompt_tokens']} tokens, medians of "
+        f"{result['rounds']} interleaved rounds; {result['hardware']}; vllm {result['versions']['vllm']}; "
+        f"{result['date']}:",
+        "",
+        f"| | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for arm, title in API_ARMS.items():
+        ratios = [load[key][arm] for load in loads for key in LATENCIES.values()]
+        cells = [
+            f"{found['ratio']:.2f} ({found['spread'][0]:.2f} to {found['spread'][1]:.2f})"
+            for found in ratios
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    times = [f"{load[key]['vllm_ms']:.0f} ms" for load in loads for key in LATENCIES.values()]
+    lines.append(f"| vLLM's server | {' | '.join(times)} |")
+    return "\n".join(lines)
 
 
 def trainer_throughput() -> str:
@@ -154,6 +197,7 @@ def _cell(found: dict[str, Any], case: str) -> str:
 TABLES = {
     "costs": costs,
     "serving_overhead": serving_overhead,
+    "api_overhead": api_overhead,
     "trainer_throughput": trainer_throughput,
     "trainer_quality": trainer_quality,
 }
