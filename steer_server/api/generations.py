@@ -259,10 +259,15 @@ class Run:
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """What the engine refuses of a generation that has ended is the wrong time, not a wrong value."""
+    """What the engine refuses of a generation that has ended is the wrong time, not a wrong value.
+
+    A wrong value has a field.
+    """
     try:
         yield
     except InvalidRequest as error:
+        if error.field:
+            raise
         raise WrongState(f"the turn has ended: {error}") from error
 
 

@@ -248,6 +248,8 @@ class Session:
         try:
             revision = await turn.run.update(update.program, update.at_index)
         except SteerError as error:
+            if error.field:
+                error.field = f"update.{error.field}"
             return [self._rejected(asked, error) for asked in update.asked]
         turn.unanswered.append(replace(update, revision=revision))
         return []

@@ -8,6 +8,7 @@ from steer.v1 import steering_pb2
 
 from steer_client import CallFailed, SteerClient, ablate, add, clamp, read, rejection
 from steer_server.api.session import SessionLimits, _covering
+from steer_server.errors import InvalidRequest
 from steer_server.generation import RevisionApplied
 from tests.unit.serving import NAME, Serving, serving
 
@@ -423,3 +424,19 @@ async def test_a_session_that_idles_or_lives_too_long_ends_and_says_so():
 
         assert caught.value.code is grpc.StatusCode.ABORTED
         assert caught.value.reason == "SESSION_EXPIRED"
+
+
+async def test_a_value_that_the_engine_refuses_is_named_in_the_update(service, session):
+    async def refuse(*_):
+        raise InvalidRequest("the edits need 20 slots, the engine has 16", field="edits")
+
+    events = Reader(session)
+    await session.start("hello", max_tokens=1)
+    service.engine.update = refuse
+    await session.update(FIRST)
+
+    error = rejection((await events.until("UpdateRejected"))[-1])
+
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "update.edits")
+    step(service)
+    await events.until("Finished")
