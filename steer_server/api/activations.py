@@ -17,10 +17,11 @@ from steer_server.api.calls import Gate, request_id
 from steer_server.api.dictionaries import label_of
 from steer_server.api.generations import Generations
 from steer_server.api.prompts import read_prompt
+from steer_server.api.streams import together
 from steer_server.api.watch import Count
 from steer_server.api.wire import ResolvedRequest, read_encode
 from steer_server.dictionary.files import StoredDictionary
-from steer_server.errors import EngineUnavailable, InvalidRequest
+from steer_server.errors import DictionaryMismatch, EngineUnavailable, InvalidRequest
 from steer_server.generation import Sampling
 from steer_server.program import Program, ReadOut
 
@@ -158,6 +159,11 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
         include_first: bool,
     ) -> list[Aggregates]:
         """Of each set of prompts; all are in the engine at once."""
+        if not stored.dictionary.non_negative:
+            raise DictionaryMismatch(
+                "its activations may be negative, and only those above 0 are read here; use Encode with named features",
+                field="dictionary",
+            )
         first = 0 if include_first else 1
         for path, prompts in sets.items():
             if all(len(prompt) <= first for prompt in prompts):
@@ -167,22 +173,24 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
                 )
         read_out = ReadOut(name, above=0.0, row_bytes=MAX_ROW_BYTES, generated=False)
         found = [Aggregates(stored.card.n_features, first) for _ in sets]
-        try:
-            async with asyncio.TaskGroup() as group:
-                for into, prompts in zip(found, sets.values(), strict=True):
-                    for prompt in prompts:
-                        group.create_task(self._add(into, rpc, prompt, read_out))
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
+        await together(
+            self._add(into, rpc, f"{number}:{index}", prompt, read_out)
+            for number, (into, prompts) in enumerate(zip(found, sets.values(), strict=True))
+            for index, prompt in enumerate(prompts)
+        )
         return found
 
     async def _add(
-        self, into: Aggregates, rpc: str, prompt: tuple[int, ...], read_out: ReadOut
+        self,
+        into: Aggregates,
+        rpc: str,
+        name: str,
+        prompt: tuple[int, ...],
+        read_out: ReadOut,
     ) -> None:
         sampling = Sampling(max_tokens=1, temperature=0.0)
         resolved = ResolvedRequest(prompt, sampling, Program(read_outs=(read_out,)))
-        name = f"{request_id()}-{id(resolved):x}"
-        run = self._generations.begin(rpc, name, resolved)
+        run = self._generations.begin(rpc, f"{request_id()}:{name}", resolved)
         async with aclosing(run.outputs()) as outputs:
             async for output in outputs:
                 for rows in output.activations:

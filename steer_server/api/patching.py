@@ -58,21 +58,22 @@ class _Difference(NamedTuple):
     """Activations, [positions, features]."""
     target: NDArray[np.float32]
 
-    def edits(self, dictionary: str, features: Sequence[int]) -> tuple[FeatureEdit, ...]:
-        """Carries the source's activations over, where they are others."""
-        found = []
-        for feature in features:
-            column = self.features.index(feature)
+    def edits(self, dictionary: str) -> dict[int, FeatureEdit]:
+        """By feature: carries the source's activations over, where they are others."""
+        found = {}
+        for column, feature in enumerate(self.features):
             here = np.flatnonzero(self.source[:, column] != self.target[:, column])
             values = tuple(
                 (self.positions[row], float(self.source[row, column])) for row in here.tolist()
             )
-            found.append(FeatureEdit(dictionary, Patch(feature, values), _EVERYWHERE))
-        return tuple(found)
+            found[feature] = FeatureEdit(dictionary, Patch(feature, values), _EVERYWHERE)
+        return found
 
-    def norm(self, stored: StoredDictionary, features: Sequence[int]) -> float:
-        """Length of what the edits add to x, over all positions."""
-        columns = [self.features.index(feature) for feature in features]
+    def norm(
+        self, stored: StoredDictionary, columns_of: Mapping[int, int], features: Sequence[int]
+    ) -> float:
+        """Length of what the edits add to x, over all positions; `columns_of` says where features stand."""
+        columns = [columns_of[feature] for feature in features]
         change = (self.source - self.target)[:, columns]
         decoder = stored.dictionary.W_dec[list(features)].double().numpy()
         return float(np.linalg.norm(change @ decoder / stored.card.input_scale))
@@ -105,19 +106,25 @@ async def answer(
     difference = _compare(source.activations, target.activations, pairs)
     if request.all_features:
         sets = [difference.features, *sets]
-    differing = set(difference.features)
-    patched = [[feature for feature in chosen if feature in differing] for chosen in sets]
+    columns_of = {feature: column for column, feature in enumerate(difference.features)}
+    patched = [[feature for feature in chosen if feature in columns_of] for chosen in sets]
     _check_room(patched, generations, request.all_features)
+
+    # Sets share features: each one's edit is made once.
+    edits = difference.edits(request.dictionary)
 
     async def patch(number: int, features: Sequence[int]) -> _Ran:
         if not features:
             return target
-        edits = difference.edits(request.dictionary, features)
-        return await run(str(number), target_ids, Program(edits))
+        program = Program(tuple(edits[feature] for feature in features))
+        return await run(str(number), target_ids, program)
 
     ran = await together(patch(number, features) for number, features in enumerate(patched))
     norms = await asyncio.to_thread(
-        lambda: [difference.norm(stored, features) if features else 0.0 for features in patched]
+        lambda: [
+            difference.norm(stored, columns_of, features) if features else 0.0
+            for features in patched
+        ]
     )
 
     def next_token(distribution: NDArray[np.float32]) -> steering_pb2.NextToken:

@@ -321,6 +321,22 @@ async def test_a_text_whose_active_features_do_not_fit_fails_instead_of_being_cu
     assert "4200 features are active on the token at position 1" in str(error)
 
 
+async def test_a_dictionary_with_negative_activations_is_refused_instead_of_half_read():
+    directions = _of(Dictionary.directions(torch.eye(D_MODEL)))
+    async with serving(more={"axes": directions}) as service:
+        inspect = activations_pb2.InspectRequest(prompts=prompts("ab"), dictionary="axes")
+        contrast = activations_pb2.ContrastRequest(
+            positive=prompts("ab"), negative=prompts("cd"), dictionary="axes"
+        )
+        for call in (
+            service.activations.Inspect(inspect),
+            service.activations.Contrast(contrast),
+        ):
+            error = await fails(call)
+            assert (error.code, error.field) == (STATE, "dictionary")
+            assert "may be negative" in str(error)
+
+
 async def test_a_failure_in_one_text_ends_the_others():
     async with serving(more={"dense": dense()}) as service:
         service.engine.steps = asyncio.Semaphore(1)

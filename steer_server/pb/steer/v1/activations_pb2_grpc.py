@@ -75,7 +75,8 @@ class ActivationServiceServicer:
     def Inspect(self, request, context):
         """The features that some texts have most of, over all their tokens.
 
-        Every active feature counts. A token with more than 4,096 of them: FAILED_PRECONDITION.
+        Every active feature counts. A token with more than 4,096 of them, or a dictionary whose activations may be
+        negative: FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
