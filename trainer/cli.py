@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from trainer import help_texts
 from trainer.errors import Interrupted, SteerError
+from trainer.paper import commands as paper
 
 _RAW = argparse.RawDescriptionHelpFormatter
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         _add_label,
     ):
         add(commands)
+    paper.add(commands, _add_config, _add_runs)
     return top
 
 

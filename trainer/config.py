@@ -176,7 +176,7 @@ class TrainConfig:
     """What the processes of a torchrun divide: each batch, the features of each dictionary, or the dictionaries (members)."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         try:
             Site.parse(self.site)
         except InvalidRequest as error:
@@ -263,12 +263,22 @@ def load(path: Path, overrides: Sequence[str] = ()) -> list[TrainConfig]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise BadConfig(f"{path} cannot be read: {error}") from error
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise BadConfig(f"--set {override!r} is not key=value")
-        content[key.strip()] = _toml_value(value.strip())
+    for text in overrides:
+        override(content, text)
     return expand(content)
+
+
+def override(content: dict[str, Any], text: str) -> None:
+    """Sets in `content` what `key=value` says, or `table.key=value`; a value that is not TOML is taken as text."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise BadConfig(f"--set {text!r} is not key=value")
+    *tables, name = (part.strip() for part in key.split("."))
+    for table in tables:
+        content = content.setdefault(table, {})
+        if not isinstance(content, dict):
+            raise BadConfig(f"--set {text!r}: {table} is not a table")
+    content[name] = _toml_value(value.strip())
 
 
 def expand(content: Mapping[str, Any]) -> list[TrainConfig]:
@@ -313,7 +323,8 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _check_types(config: TrainConfig) -> None:
+def check_types(config: Any) -> None:
+    """BadConfig unless the fields of a dataclass have the types they are declared with; lists become tuples."""
     for field in fields(config):
         value, kind = getattr(config, field.name), field.type
         assert not isinstance(kind, str | UnionType)
@@ -328,6 +339,11 @@ def _check_types(config: TrainConfig) -> None:
         if get_origin(kind) is tuple and isinstance(value, list):
             value = tuple(value)
             object.__setattr__(config, field.name, value)
+            wanted = (int, float) if get_args(kind)[0] is float else get_args(kind)[0]
+            if not all(isinstance(entry, wanted) for entry in value):
+                raise BadConfig(
+                    f"{field.name} is {value!r}; it must list {get_args(kind)[0].__name__}"
+                )
         expected = get_origin(kind) or kind
         if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
             name = "a table" if expected is not kind else kind.__name__

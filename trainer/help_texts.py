@@ -99,30 +99,39 @@ in bfloat16. A dictionary is trained on what vLLM serves with
 
 
 def fields() -> str:
-    """The configuration's keys with their docstrings, which only the source has."""
-    import ast
+    """The configuration's keys with their docstrings."""
     import json
     import textwrap
-    from itertools import pairwise
 
     from trainer.config import PRESETS
 
-    source = (Path(__file__).parent / "config.py").read_text(encoding="utf-8")
-    (body,) = (
-        node.body
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == "TrainConfig"
-    )
     paper = ", ".join(f"{key} = {json.dumps(value)}" for key, value in PRESETS["paper"].items())
     about = f"What a key is that the file does not name: as below, or of arXiv 2309.08600, {paper}"
     lines = [
         "keys of the configuration:",
         '  preset = "modern"',
         textwrap.fill(about, 110, initial_indent=" " * 6, subsequent_indent=" " * 6),
+        *docstrings(Path(__file__).parent / "config.py", "TrainConfig"),
     ]
+    return "\n".join(lines).replace("%", "%%")
+
+
+def docstrings(path: Path, name: str) -> list[str]:
+    """The fields of a dataclass with their docstrings, which only the source has."""
+    import ast
+    from itertools import pairwise
+
+    source = path.read_text(encoding="utf-8")
+    (body,) = (
+        node.body
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == name
+    )
+    lines = []
     for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             default = f" = {ast.unparse(field.value)}" if field.value else ""
+            default = "" if default.startswith(" = field(") else default
             assert isinstance(text.value, ast.Constant)
             lines.append(f"  {ast.unparse(field.target)}{default}\n      {text.value.value}")
-    return "\n".join(lines).replace("%", "%%")
+    return lines

@@ -1,0 +1,98 @@
+"""What the experiments run on: one TOML file, a table for each experiment."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trainer.config import check_types, override
+from trainer.errors import BadConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class IoiSettings:
+    """Feature patching on indirect object identification (section 4)."""
+
+    dictionaries: tuple[str, ...] = ()
+    """Folders of the dictionaries to patch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpretabilitySettings:
+    """Automatic interpretability (section 3)."""
+
+    dictionaries: tuple[str, ...] = ()
+    """Folders of the dictionaries to score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseSettings:
+    """Case studies of single features (section 5)."""
+
+    dictionary: str = ""
+    """Folder of the dictionary whose features are studied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradeOffSettings:
+    """Sparsity, size, site and seed against quality (appendices)."""
+
+    dictionaries: tuple[str, ...] = ()
+    """Folders of the dictionaries to compare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperConfig:
+    """The keys of the file."""
+
+    model: str
+    """Hugging Face folder or hub id."""
+    out: str
+    """Folder for results, plots and report.html."""
+    corpus: Mapping[str, float]
+    """Documents, as in a training's configuration; experiments read those that trainings hold out."""
+    holdout_every: int = 20
+    """As in the trainings."""
+    threads: int = 2
+    """CPU threads."""
+    seed: int = 0
+    """Of every choice at random: features, fragments, prompts."""
+    trainings: tuple[str, ...] = ()
+    """Configurations of `python -m trainer train` whose dictionaries are made first, if they are not there."""
+    # One table for each experiment.
+    ioi: IoiSettings = field(default_factory=IoiSettings)
+    interpretability: InterpretabilitySettings = field(default_factory=InterpretabilitySettings)
+    cases: CaseSettings = field(default_factory=CaseSettings)
+    tradeoffs: TradeOffSettings = field(default_factory=TradeOffSettings)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> PaperConfig:
+    """The file's settings, with `key=value` or `table.key=value` overrides whose values are TOML too."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise BadConfig(f"{path} cannot be read: {error}") from error
+    for text in overrides:
+        override(content, text)
+    return _build(PaperConfig, content, "")
+
+
+def _build(kind: type[Any], content: Mapping[str, Any], where: str) -> Any:
+    known = {entry.name: entry for entry in fields(kind)}
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        named = ", ".join(where + name for name in unknown)
+        raise BadConfig(f"unknown keys: {named}; known are {', '.join(known)}")
+    values = dict(content)
+    for name, value in content.items():
+        default = known[name].default_factory
+        if isinstance(default, type) and isinstance(value, Mapping):
+            values[name] = _build(default, value, f"{where}{name}.")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise BadConfig(str(error).replace(f"{kind.__name__}.__init__() ", "")) from error
