@@ -32,6 +32,37 @@ class CaseSettings:
 
     dictionary: str = ""
     """Folder of the dictionary whose features are studied."""
+    parents: tuple[str, ...] = ()
+    """Folders of dictionaries of earlier sites, among whose features causes are sought."""
+    sentence: str = "I don’t know about that. It is now up to Dave’"
+    """The feature of the largest activation on its last token is studied."""
+    answer: str = "s"
+    """The token, after the sentence, that this feature is expected to be for."""
+    tree_token: str = ")"
+    """The tree is of a feature that is strong on such tokens, if there is one."""
+    tokens: int = 65_536
+    """Held-out tokens; features are found in the first half, and what they do is measured in the second."""
+    context: int = 64
+    """Tokens of a context."""
+    dense: float = 0.1
+    """Features active on a larger share of the tokens are passed over, as the paper does with outlier dimensions."""
+    bins: int = 10
+    """Ranges of activation."""
+    contexts: int = 20
+    """In which an effect or a cause is measured."""
+    candidates: int = 32
+    """Monosemantic features that are tried, for those with the largest effect on one token."""
+    effects: int = 3
+    """Of them that are shown."""
+    branches: int = 2
+    """Causes from each site that a node of the tree has."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        positive = ("tokens", "context", "bins", "contexts", "candidates", "branches")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise BadConfig(f"cases.{name} is {getattr(self, name)}, it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +70,9 @@ class TradeOffSettings:
     """Sparsity, size, site and seed against quality (appendices)."""
 
     dictionaries: tuple[str, ...] = ()
-    """Folders of the dictionaries to compare."""
+    """Folders of the dictionaries to compare; a folder of such stands for all in it."""
+    alike: tuple[str, ...] = ()
+    """Of them, or others, those whose features are compared: of one site, with other seeds, sizes or weights of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
