@@ -1,0 +1,1 @@
+"""The paper's trade-offs: sparsity, size, site and seed against quality."""
