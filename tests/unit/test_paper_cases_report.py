@@ -113,7 +113,7 @@ def test_the_fullest_coordinate_is_nearest_its_own_maximum() -> None:
         (specific([(-0.5, 0.1), (-0.2, -0.01)]), YES),
         (specific([(-0.5, 0.1), (-0.5, -0.4)]), PARTLY),
         (specific([(-0.09, 0.0)]), NO),
-        (specific([]), NO),
+        (specific([]), Verdict.NOT_MEASURED),
         (caused(0.5, 0.4, 0.01), YES),
         (caused(0.5, None, 0.01), YES),
         (caused(0.5, 0.06, 0.001), PARTLY),

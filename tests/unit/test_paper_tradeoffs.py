@@ -28,6 +28,7 @@ from trainer.stop import Stop
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 YES, PARTLY, NO = Verdict.REPRODUCED, Verdict.DIFFERS, Verdict.NOT_REPRODUCED
+NONE = Verdict.NOT_MEASURED
 
 
 @pytest.mark.parametrize(
@@ -36,24 +37,24 @@ YES, PARTLY, NO = Verdict.REPRODUCED, Verdict.DIFFERS, Verdict.NOT_REPRODUCED
         (falls([[(9, 0.1), (1, 0.5), (4, 0.3)], [(2, 0.2), (3, 0.1)]]), YES),
         (falls([[(1, 0.5), (4, 0.3), (9, 0.4), (20, 0.2)]]), PARTLY),
         (falls([[(1, 0.5), (4, 0.5)]]), NO),
-        (falls([[(1, 0.5)]]), NO),
-        (falls([]), NO),
+        (falls([[(1, 0.5)]]), NONE),
+        (falls([]), NONE),
         (more_dead([(5, 4), (9, 0)]), YES),
         (more_dead([(5, 4), (4, 4)]), PARTLY),
         (more_dead([(4, 4)]), NO),
-        (more_dead([]), NO),
+        (more_dead([]), NONE),
         (alike([(0.6, 0.3), (0.5, 0.1)]), YES),
         (alike([(0.6, 0.3), (0.2, 0.15)]), PARTLY),
         (alike([(0.6, 0.3), (0.1, 0.1)]), NO),
-        (alike([]), NO),
+        (alike([]), NONE),
         (modest([1.6, 9.0]), YES),
         (modest([2.5]), PARTLY),
         (modest([2.6]), NO),
-        (modest([]), NO),
+        (modest([]), NONE),
         (correlated([(0.2, 0.01), (0.3, 0.04)]), YES),
         (correlated([(0.2, 0.01), (0.3, 0.06)]), PARTLY),
         (correlated([(-0.2, 0.01), (0.3, 0.5)]), NO),
-        (correlated([]), NO),
+        (correlated([]), NONE),
     ],
 )
 def test_verdicts_follow_their_rules(verdict: Verdict, expected: Verdict) -> None:
@@ -216,7 +217,7 @@ def test_a_dictionary_with_few_scores_has_no_correlation(tmp_path: Path) -> None
 
     finding = correlations(scored(Results(tmp_path / "interpretability")))
 
-    assert finding.verdict is NO
+    assert finding.verdict is NONE
     assert {tuple(row[4:]) for row in finding.tables[0].rows} == {("-", "-", "-")}
 
 

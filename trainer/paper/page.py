@@ -16,6 +16,7 @@ class Verdict(StrEnum):
     REPRODUCED = "reproduced"
     NOT_REPRODUCED = "not reproduced"
     DIFFERS = "differs"
+    NOT_MEASURED = "not measured"
 
 
 class Figure(NamedTuple):
@@ -107,6 +108,7 @@ svg {{ max-width: 100%; height: auto; }}
 .reproduced {{ background: #2a7d2a; }}
 .not-reproduced {{ background: #a33; }}
 .differs {{ background: #a67c00; }}
+.not-measured {{ background: #777; }}
 </style>
 <h1>{title}</h1>
 <p>{about}</p>

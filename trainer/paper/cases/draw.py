@@ -104,7 +104,7 @@ def _place(panel: Any, node: Node, level: int, top: float) -> float:
         panel.plot([level, level + 1], [own, line], color="#999", zorder=1, linewidth=1)
         panel.annotate(
             _edge(cause),
-            (level + 0.55, own + 0.55 * (line - own)),
+            (level + 0.68, own + 0.68 * (line - own)),
             ha="center",
             va="center",
             fontsize=7,

@@ -42,7 +42,9 @@ def answer_falls(changes: Sequence[Change]) -> Verdict:
 def specific(changes: Sequence[tuple[float, float]]) -> Verdict:
     """By the changes of a token's log-probability, of the feature and of its placebo, for each feature."""
     clear = [_clear(own, placebo) for own, placebo in changes]
-    if changes and all(clear):
+    if not clear:
+        return Verdict.NOT_MEASURED
+    if all(clear):
         return Verdict.REPRODUCED
     return Verdict.DIFFERS if any(clear) else Verdict.NOT_REPRODUCED
 

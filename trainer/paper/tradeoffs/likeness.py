@@ -16,6 +16,9 @@ from trainer.paper.page import Figure, Finding, plot
 from trainer.paper.tradeoffs.quality import name, trained
 from trainer.paper.tradeoffs.verdicts import OVER_FLOOR, alike
 
+_APART = 1_000_003
+"""From the seeds of trainings, whose first weights are drawn in the same way and are to be seen in the last ones."""
+
 
 def again(lab: Lab, found: Sequence[StoredDictionary]) -> Finding:
     """Of dictionaries of one site."""
@@ -40,7 +43,7 @@ def again(lab: Lab, found: Sequence[StoredDictionary]) -> Finding:
         alike([(table[i][j].mmcs, floors[j].mmcs) for i, j in pairs]),
         f"MMCS of two dictionaries that differ in the seed alone: {told or 'there are none'}. Rule: at least {OVER_FLOOR:g} "
         "times that to as many random directions, for each. MMCS grows with the number of directions compared with, which is why each "
-        f"has its own floor. Shared are features whose partner in the best one-to-one matching has a cosine above {ALIKE}.",
+        f"has its own floor. Dictionaries of one seed begin with random numbers in common. Shared are features whose partner in the best one-to-one matching has a cosine above {ALIKE}.",
         [_pairs_table(found, table, floors)],
         [_heat_map(found, table, floors)],
     )
@@ -79,10 +82,10 @@ def _floor(lab: Lab, stored: StoredDictionary) -> Likeness:
     """A dictionary's to random directions, as many as it has itself."""
 
     def compute() -> list[float]:
-        generator = torch.Generator().manual_seed(lab.config.seed)
+        generator = torch.Generator().manual_seed(lab.config.seed + _APART)
         return _of(stored, torch.randn(stored.dictionary.W_dec.shape, generator=generator))
 
-    settings = {"of": stored.sha256, "seed": lab.config.seed}
+    settings = {"of": stored.sha256, "seed": lab.config.seed + _APART}
     return Likeness(*lab.results("tradeoffs").get(f"floor-{stored.sha256[:8]}", settings, compute))
 
 

@@ -144,7 +144,7 @@ def dead_features(found: Sequence[StoredDictionary]) -> Finding:
         "tokens",
         "alive",
         "dead",
-        "dead",
+        "dead share",
         "active on no held-out token",
     ]
     return Finding(

@@ -17,31 +17,39 @@ def falls(series: Sequence[Sequence[tuple[float, float]]]) -> Verdict:
     steps = [
         [after[1] < before[1] for before, after in pairwise(line)] for line in map(sorted, series)
     ]
-    if steps and all(steps) and all(map(all, steps)):
-        return Verdict.REPRODUCED
     lower = [step for line in steps for step in line]
+    if not lower:
+        return Verdict.NOT_MEASURED
+    if all(lower):
+        return Verdict.REPRODUCED
     return Verdict.DIFFERS if sum(lower) > len(lower) / 2 else Verdict.NOT_REPRODUCED
 
 
 def more_dead(pairs: Sequence[tuple[int, int]]) -> Verdict:
     """By the dead features of an MLP's dictionary and of the residual stream's trained alike."""
     more = [mlp > stream for mlp, stream in pairs]
-    if more and all(more):
+    if not more:
+        return Verdict.NOT_MEASURED
+    if all(more):
         return Verdict.REPRODUCED
     return Verdict.DIFFERS if any(more) else Verdict.NOT_REPRODUCED
 
 
 def alike(pairs: Sequence[tuple[float, float]]) -> Verdict:
     """By the MMCS of dictionaries that differ in their seed, and that to random directions, as many."""
-    if pairs and all(mmcs >= OVER_FLOOR * floor for mmcs, floor in pairs):
+    if not pairs:
+        return Verdict.NOT_MEASURED
+    if all(mmcs >= OVER_FLOOR * floor for mmcs, floor in pairs):
         return Verdict.REPRODUCED
-    above = bool(pairs) and all(mmcs >= ABOVE_FLOOR * floor for mmcs, floor in pairs)
+    above = all(mmcs >= ABOVE_FLOOR * floor for mmcs, floor in pairs)
     return Verdict.DIFFERS if above else Verdict.NOT_REPRODUCED
 
 
 def modest(rises: Sequence[float]) -> Verdict:
     """By the factors that perplexity rises by: reproduced if one is no more than the paper's, differs up to its square."""
-    least = min(rises, default=float("inf"))
+    if not rises:
+        return Verdict.NOT_MEASURED
+    least = min(rises)
     if least <= PAPER_RISE:
         return Verdict.REPRODUCED
     return Verdict.DIFFERS if least <= PAPER_RISE**2 else Verdict.NOT_REPRODUCED
@@ -50,6 +58,8 @@ def modest(rises: Sequence[float]) -> Verdict:
 def correlated(found: Sequence[tuple[float, float]]) -> Verdict:
     """By the correlations with skewness and kurtosis and their p-values."""
     sure = [r > 0 and p < SURE for r, p in found]
-    if found and all(sure):
+    if not sure:
+        return Verdict.NOT_MEASURED
+    if all(sure):
         return Verdict.REPRODUCED
     return Verdict.DIFFERS if any(sure) else Verdict.NOT_REPRODUCED
