@@ -158,11 +158,11 @@ def test_an_effect_is_that_of_the_ablation_in_a_whole_run(world: World) -> None:
 
 def test_the_placebo_is_the_active_feature_whose_part_is_closest_in_length(world: World) -> None:
     stored, tokens = world.stored["resid_post.2"], contexts()[0, :8]
-    feature = busy(stored, world, [tokens])
     (x,) = read_sites(world.model, [stored.card.site], tokens[None])
     f = stored.dictionary.encode(x[0, -1])
     lengths = f * stored.dictionary.rows.decoder.norm(dim=1)
-    others = [i for i in f.nonzero().squeeze(1).tolist() if i != feature]
+    feature, *others = sorted(f.nonzero().squeeze(1).tolist(), key=lambda i: lengths[i])
+    assert len(others) > 1
     closest = min(others, key=lambda i: abs(lengths[i] - lengths[feature]))
 
     found = effect(world.model, stored, feature, [tokens]).placebo

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.files import StoredDictionary, load
 from tests.unit.trainer_model import tiny_config, write_model
 from trainer.compare import likeness
@@ -18,7 +19,7 @@ from trainer.paper.lab import Lab
 from trainer.paper.page import Verdict, write_page
 from trainer.paper.results import Results
 from trainer.paper.tradeoffs.experiment import experiment, folders
-from trainer.paper.tradeoffs.likeness import seeds
+from trainer.paper.tradeoffs.likeness import _floor, seeds
 from trainer.paper.tradeoffs.moments import MOMENTS, correlations, scored
 from trainer.paper.tradeoffs.quality import ALIVE, dead
 from trainer.paper.tradeoffs.verdicts import alike, correlated, falls, modest, more_dead
@@ -166,6 +167,14 @@ def test_likeness_is_of_each_to_each_and_to_random_directions(folder: Path) -> N
     assert f"{expected:.3f} with 24 features (random" in finding.because
     floor = rows["sizes/other", "random directions, as many"]
     assert float(floor) < expected
+
+
+def test_the_floor_is_not_made_of_a_trainings_first_weights(folder: Path, tmp_path: Path) -> None:
+    config = replace(settings(folder), out=str(tmp_path))
+    first = torch.randn(16, 16, generator=torch.Generator().manual_seed(config.seed))
+    begun = replace(stored(folder, "random"), dictionary=Dictionary.directions(first))
+
+    assert _floor(Lab(config, Stop()), begun).mmcs < 0.9
 
 
 def test_dictionaries_of_several_sites_are_not_compared(folder: Path) -> None:

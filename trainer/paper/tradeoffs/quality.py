@@ -93,27 +93,36 @@ def _sparsity_figure(found: Sequence[StoredDictionary]) -> Figure:
     sites = sorted({stored.card.site for stored in found})
 
     def draw(canvas: Any) -> None:
-        panels = canvas.subplots(1, len(sites), squeeze=False, sharey=True)[0]
+        panels = canvas.subplots(1, len(sites), squeeze=False, sharex=True, sharey=True)[0]
         for panel, site in zip(panels, sites, strict=True):
-            lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+            lines: dict[str, list[tuple[float, float]]] = {}
             for stored in found:
                 if stored.card.site == site and quality(stored).l0 > 0:
-                    key = stored.card.architecture, stored.card.model.weights
-                    lines.setdefault(key, []).append((quality(stored).l0, quality(stored).fvu))
-            for (architecture, weights), points in sorted(lines.items()):
-                label = architecture if weights == "trained" else f"{architecture}, untrained model"
-                style = "-" if architecture in ("tied_relu", "relu") else ""
-                panel.plot(*zip(*sorted(points), strict=True), style, marker="o", label=label)
+                    point = quality(stored).l0, quality(stored).fvu
+                    lines.setdefault(_line(stored), []).append(point)
+            for label, points in sorted(lines.items()):
+                style = "-" if "alpha" in label else "none"
+                panel.plot(*zip(*sorted(points), strict=True), ls=style, marker="o", label=label)
             panel.set_xscale("log")
+            panel.xaxis.set_minor_formatter("")
             panel.set_title(str(site))
             panel.set_xlabel("L0, active features per token")
             panel.legend(fontsize=7)
+        # Whole decades, for others have no label.
+        low, high = (math.log10(limit) for limit in panels[0].get_xlim())
+        panels[0].set_xlim(10 ** math.floor(low), 10 ** math.ceil(high))
         panels[0].set_ylabel("FVU, variance unexplained")
 
-    caption = (
-        "Left and low is better. Lines join the dictionaries of one alpha sweep's architecture."
-    )
-    return plot(draw, caption, (4 * len(sites), 4))
+    caption = "Left and low is better. Lines join dictionaries that differ in alpha."
+    return plot(draw, caption, (max(5, 3.5 * len(sites)), 4))
+
+
+def _line(stored: StoredDictionary) -> str:
+    """Of a plot, to which the dictionary belongs."""
+    card, config = stored.card, training(stored)
+    sweep = f", {card.n_features:,} features, by alpha" if config.alpha else ""
+    control = "" if card.model.weights == "trained" else ", untrained model"
+    return f"{card.architecture}{sweep}{control}"
 
 
 def dead_features(found: Sequence[StoredDictionary]) -> Finding:
