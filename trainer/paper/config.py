@@ -16,6 +16,28 @@ class IoiSettings:
 
     dictionaries: tuple[str, ...] = ()
     """Folders of the dictionaries to patch."""
+    names: int = 40
+    """Names that prompts are made of, each one token of the model."""
+    prompts: int = 50
+    """Pairs of a prompt and its counterfactual on which features are selected."""
+    heldout: int = 50
+    """Other pairs, on which the selection is scored too; the paper has none."""
+    sizes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    """Numbers of features to patch, those first that attribution says lower the KL most."""
+    attribution_steps: int = 4
+    """Points between base and counterfactual whose gradients are averaged."""
+    searched: tuple[str, ...] = ()
+    """Folders of the dictionaries whose features the paper's search selects as well."""
+    search_prompts: int = 50
+    """Of `prompts`, those that the search runs on."""
+    search_candidates: int = 0
+    """Features the search begins with, those first that attribution puts first; 0, as in the paper: all."""
+    thresholds: tuple[float, ...] = tuple(10 ** (-5 + 5 * step / 49) for step in range(50))
+    """Rises of the KL below which the search drops a feature."""
+    search_batch: int = 32
+    """Candidates whose removal is tried in one run of the model; the sets do not depend on it."""
+    server: str = ""
+    """Address of a steer-server that has `dictionaries`, such as 127.0.0.1:50051: they are patched there, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +88,6 @@ class PaperConfig:
     cases: CaseSettings = field(default_factory=CaseSettings)
     tradeoffs: TradeOffSettings = field(default_factory=TradeOffSettings)
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 def load(path: Path, overrides: Sequence[str] = ()) -> PaperConfig:
     """The file's settings, with `key=value` or `table.key=value` overrides whose values are TOML too."""
@@ -93,6 +112,11 @@ def _build(kind: type[Any], content: Mapping[str, Any], where: str) -> Any:
         if isinstance(default, type) and isinstance(value, Mapping):
             values[name] = _build(default, value, f"{where}{name}.")
     try:
-        return kind(**values)
+        made = kind(**values)
     except TypeError as error:
         raise BadConfig(str(error).replace(f"{kind.__name__}.__init__() ", "")) from error
+    try:
+        check_types(made)
+    except BadConfig as error:
+        raise BadConfig(f"{where}{error}") from error
+    return made
