@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steer_server.dictionary.dictionary import Dictionary
+from steer_server.dictionary.dictionary import Activation, Dictionary
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import write_model
 from trainer.errors import BadConfig
 from trainer.model import read_sites, site_hook
+from trainer.paper.ioi.baselines import diff_mean, signed
 from trainer.paper.ioi.patching import Bench, Patching
 from trainer.paper.ioi.prompts import Prompt, draw, names
 
@@ -120,3 +121,41 @@ def test_more_names_than_the_model_has_are_refused():
 
     with pytest.raises(BadConfig, match=r"ioi\.names is 500; from 3 to \d+ names"):
         names(tokenizer, 500)
+
+
+def test_signs_apart_carry_over_what_the_rotation_does(model):
+    generator = torch.Generator().manual_seed(5)
+    rotation, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
+    whole = Dictionary(
+        rotation.T, torch.zeros(16), rotation, torch.randn(16), Activation.IDENTITY, 1.0, True
+    )
+    bench = Bench(model, SITE, PROMPTS)
+
+    apart, together = Patching(bench, signed(whole)), Patching(bench, whole)
+
+    assert apart.effects([[2, 5, 18, 21]])[0] == pytest.approx(
+        together.effects([[2, 5]])[0], abs=1e-4
+    )
+    assert apart.effects([[2]])[0] != pytest.approx(together.effects([[2]])[0], abs=1e-4)
+
+
+def test_the_difference_of_means_moves_a_name_to_the_other(model):
+    bench = Bench(model, SITE, PROMPTS)
+    dictionary = diff_mean(bench)
+    x = bench.rest.x[0, 1]
+    names = sorted({5, 6, 7, 10})
+    mean = torch.stack(
+        [
+            bench.rest.x[0, 1],
+            bench.counterfactual_x[0, 1],
+            bench.rest.x[1, 3],
+            bench.counterfactual_x[1, 3],
+        ]
+    ).mean(dim=0)
+
+    assert dictionary.n_features == len(names)
+    own = torch.nn.functional.normalize(x - mean, dim=0)
+    assert torch.allclose(dictionary.W_dec[names.index(5)], own, atol=1e-5)
+    # Coefficients of the projection: what is left is orthogonal to every direction.
+    left = x - dictionary.decode(dictionary.encode(x))
+    assert (dictionary.W_dec @ left).abs().max() < 1e-3 * x.norm()

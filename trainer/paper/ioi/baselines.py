@@ -43,6 +43,7 @@ def _means(x: Float[Tensor, "rows d_model"], names: Sequence[int]) -> Float[Tens
 
 
 def _directions(rows: Float[Tensor, "n d_model"]) -> Dictionary:
-    encoder = torch.linalg.pinv(rows.double()).float()
+    # Where each name comes as often, one direction follows from the others.
+    encoder = torch.linalg.pinv(rows.double(), rtol=1e-4).float()
     zeros = torch.zeros(len(rows)), torch.zeros(rows.shape[1])
     return Dictionary(encoder, zeros[0], rows, zeros[1], Activation.IDENTITY)
