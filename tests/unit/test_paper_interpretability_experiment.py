@@ -208,6 +208,7 @@ def test_verdicts_follow_their_rules() -> None:
     pairs = [(m(0.7), m(0.4))]
     assert verdicts.lower_in_the_same_order(pairs, [m(0.4)], [m(0.39)]) == yes
     assert verdicts.lower_in_the_same_order(pairs, [m(0.4)], [m(0.41)]) == partly
+    assert verdicts.lower_in_the_same_order(pairs, [m(0.4)], []) == partly
     assert verdicts.lower_in_the_same_order([(m(0.3), m(0.4))], [m(0.4)], [m(0.41)]) == no
     assert verdicts.no_better(m(0.4), m(0.3)) == yes
     assert verdicts.no_better(m(0.6), m(0.3)) == no

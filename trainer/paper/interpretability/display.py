@@ -84,26 +84,25 @@ def figure(scores: "Scores", kind: str) -> Figure:
     def draw(canvas: Any) -> None:
         panel = canvas.subplots()
         for role, colour in _COLOURS.items():
-            own = [(x, one) for x, (subject, one) in enumerate(points) if _role(subject) == role]
+            own = [(y, one) for y, (subject, one) in enumerate(points) if _role(subject) == role]
             if own:
                 _bars(panel, own, colour, role)
-        panel.set_xticks(range(len(points)), [_name(subject) for subject, _ in points])
-        panel.tick_params(axis="x", labelrotation=60, labelsize=8)
-        for tick in panel.get_xticklabels():
-            tick.set_horizontalalignment("right")
-        panel.set_ylabel(f"{KINDS[kind]} score, by {scores.explainer}")
-        panel.axhline(0, color="black", linewidth=0.8)
-        panel.grid(axis="y", alpha=0.3)
+        panel.set_yticks(range(len(points)), [_name(subject) for subject, _ in points])
+        panel.invert_yaxis()
+        panel.set_xlabel(f"{KINDS[kind]} score, by {scores.explainer}")
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.grid(axis="x", alpha=0.3)
         panel.legend()
 
     caption = f"{KINDS[kind].capitalize()} score, mean over features with its 95% interval, by {scores.explainer}."
-    return plot(draw, f"{caption} {_ABOUT}." if kind == "top_and_random" else caption)
+    height = 1.5 + 0.3 * len(points)
+    return plot(draw, f"{caption} {_ABOUT}." if kind == "top_and_random" else caption, (8, height))
 
 
 def _bars(panel: Any, own: Sequence[tuple[int, Mean]], colour: str, role: str) -> None:
-    x, means = zip(*own, strict=True)
-    heights, halves = [one.value for one in means], [one.half for one in means]
-    panel.errorbar(x, heights, yerr=halves, fmt="o", color=colour, capsize=4, label=role)
+    y, means = zip(*own, strict=True)
+    values, halves = [one.value for one in means], [one.half for one in means]
+    panel.errorbar(values, y, xerr=halves, fmt="o", color=colour, capsize=4, label=role)
 
 
 def _role(subject: Subject) -> str:

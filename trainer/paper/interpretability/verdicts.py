@@ -30,7 +30,9 @@ def lower_in_the_same_order(
     `ours` and `others` are of the second kind, and ahead means by the mean alone.
     """
     lower = all(second.value < first.value for first, second in pairs)
-    ahead = bool(ours) and all(own.value > other.value for own in ours for other in others)
+    ahead = bool(ours and others) and all(
+        own.value > other.value for own in ours for other in others
+    )
     if lower and ahead:
         return Verdict.REPRODUCED
     return Verdict.DIFFERS if lower or ahead else Verdict.NOT_REPRODUCED
