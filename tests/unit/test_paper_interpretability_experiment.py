@@ -15,6 +15,7 @@ from trainer.errors import BadConfig, BadCorpus, Interrupted
 from trainer.model import load_model, read_sites
 from trainer.paper.config import InterpretabilitySettings, PaperConfig
 from trainer.paper.interpretability import verdicts
+from trainer.paper.interpretability.experiment import experiment
 from trainer.paper.interpretability.fragments import Activations, cut
 from trainer.paper.interpretability.language_model import Endpoint
 from trainer.paper.interpretability.measure import Measurement
@@ -164,6 +165,18 @@ def test_a_broken_off_run_goes_on_where_it_was(trained: Path, tmp_path: Path) ->
 
     assert first.stat().st_mtime_ns == written
     assert len(found["out/top_k", "token"]["features"]) == 6
+
+
+def test_a_single_feature_makes_no_mean(trained: Path, tmp_path: Path) -> None:
+    config = paper_config(trained, tmp_path, "tied", "random-k0", features=1)
+
+    section = experiment(Lab(config, Stop()))
+
+    first, second = section.findings
+    assert first.verdict == second.verdict == Verdict.DIFFERS
+    assert "out/tied" not in first.because
+    assert first.tables[0].rows[0][5:] == ["-"] * 6
+    assert not first.figures
 
 
 def test_too_little_text_and_wrong_settings_are_named(trained: Path, tmp_path: Path) -> None:

@@ -73,13 +73,16 @@ def examples_table(scores: "Scores", subject: Subject) -> Table:
     return Table([f"feature of {subject.label}", f"by {scores.explainer}", "score"], rows)
 
 
-def figure(scores: "Scores", kind: str) -> Figure:
-    """Means and intervals of all dictionaries, in their order."""
+def figures(scores: "Scores", kind: str) -> list[Figure]:
+    """Means and intervals of all dictionaries, in their order; none if no dictionary has two features."""
     points = [
         (subject, one)
         for subject in scores.subjects
         if (one := scores.mean(subject, kind)) is not None
     ]
+
+    if not points:
+        return []
 
     def draw(canvas: Any) -> None:
         panel = canvas.subplots()
@@ -96,7 +99,9 @@ def figure(scores: "Scores", kind: str) -> Figure:
 
     caption = f"{KINDS[kind].capitalize()} score, mean over features with its 95% interval, by {scores.explainer}."
     height = 1.5 + 0.3 * len(points)
-    return plot(draw, f"{caption} {_ABOUT}." if kind == "top_and_random" else caption, (8, height))
+    if kind == "top_and_random":
+        caption += f" {_ABOUT}."
+    return [plot(draw, caption, (8, height))]
 
 
 def _bars(panel: Any, own: Sequence[tuple[int, Mean]], colour: str, role: str) -> None:

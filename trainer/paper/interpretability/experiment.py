@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.paper.config import InterpretabilitySettings
 from trainer.paper.interpretability import display, verdicts
 from trainer.paper.interpretability.measure import Measurement, Subject, column
+from trainer.paper.interpretability.records import per_split
 from trainer.paper.interpretability.scores import Mean, mean
 from trainer.paper.lab import Lab
 from trainer.paper.page import Finding, Section
@@ -16,27 +18,37 @@ def experiment(lab: Lab) -> Section:
     """Explains and scores features of all dictionaries of the configuration."""
     measurement = Measurement(lab)
     found = measurement.run()
-    return section(measurement.subjects, found, lab.config.interpretability.explainers)
+    return section(measurement.subjects, found, lab.config.interpretability)
 
 
-def section(subjects: Sequence[Subject], found: Results, explainers: Sequence[str]) -> Section:
+def section(
+    subjects: Sequence[Subject], found: Results, settings: InterpretabilitySettings
+) -> Section:
     """What the scores say, by the first of the explainers."""
+    explainers = settings.explainers
     first = Scores(subjects, found, explainers[0])
     findings = [_figure_2(first, found, explainers), _random_only(first)]
     findings += [*_top_k(first), *_basis(first), *_untrained(first)]
-    any_result = found[subjects[0].label, explainers[0]]
-    about = (
-        f"{any_result['fragments']:,} fragments of held-out text ({any_result['thrown']:,} thrown away: incomplete characters or "
-        "the end of a document). A feature is explained from 5 of its 20 fragments of strongest activation, which an explainer "
-        "sees with activations from 0 to 10; its activations on 5 others of them and on 5 random fragments in which "
-        "it is active are simulated from the explanation, without calibration, and correlated with the true ones over all tokens "
-        "together. Explainers: "
-        + "; ".join(found[subjects[0].label, name]["explainer"] for name in explainers)
-        + ". Scores of different explainers and simulators are not comparable with each other, nor with the paper's, "
-        "which had GPT-4 and text-davinci-003. Features are drawn among those active in enough fragments, so the scores say "
-        "nothing of rarer ones; activations of directions, which may be negative, pass a ReLU; intervals are 1.96 sd / sqrt(n)."
-    )
+    judges = [found[subjects[0].label, name]["explainer"] for name in explainers]
+    about = _about(found[subjects[0].label, explainers[0]], judges, settings)
     return Section("Automatic interpretability", about, findings)
+
+
+def _about(
+    result: Mapping[str, Any], judges: Sequence[str], settings: InterpretabilitySettings
+) -> str:
+    few = per_split(settings.examples)
+    return (
+        f"{result['fragments']:,} fragments of {settings.fragment_tokens} tokens of held-out text ({result['thrown']:,} others thrown "
+        "away: incomplete characters or the end of a document). A feature is explained from "
+        f"{few} of its {settings.examples} fragments of strongest activation, which an explainer sees with activations from 0 to 10. "
+        f"Its activations on {few} others of them and on {few} random fragments in which it is active are simulated from the "
+        "explanation, without calibration, and correlated with the true ones over all tokens together. Explainers: "
+        f"{'; '.join(judges)}. Scores of different explainers and simulators are not comparable with each other, nor with the "
+        "paper's, which had GPT-4 and text-davinci-003. Features are drawn among those active in enough fragments, so the "
+        "scores say nothing of rarer ones; activations of directions, which may be negative, pass a ReLU; intervals are "
+        "1.96 sd / sqrt(n)."
+    )
 
 
 class Scores:
@@ -100,7 +112,7 @@ def _figure_2(first: Scores, found: Results, explainers: Sequence[str]) -> Findi
         f"Top-and-random by {first.explainer}: {first.said(first.ours, kind)}; baselines: {first.said(first.baselines, kind)}. "
         "Reproduced means that each of ours is above all baselines, 95% intervals apart.",
         tables,
-        [display.figure(scores, kind) for scores in everything],
+        [figure for scores in everything for figure in display.figures(scores, kind)],
     )
 
 
@@ -118,7 +130,7 @@ def _random_only(first: Scores) -> Finding:
         verdicts.lower_in_the_same_order(pairs, ours, others),
         f"Random-only by {first.explainer}: {first.said(first.ours, kinds[1])}; baselines: "
         f"{first.said(first.baselines, kinds[1])}.",
-        figures=[display.figure(first, kinds[1])],
+        figures=display.figures(first, kinds[1]),
     )
 
 

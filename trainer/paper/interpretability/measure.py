@@ -1,4 +1,12 @@
-"""Scores of all dictionaries by all explainers, each part of them kept as soon as it is there."""
+"""Scores of all dictionaries by all explainers, each part of them kept as soon as it is there.
+
+In the configuration's folder `out`, with a dictionary named by the last two parts of its own:
+
+    interpretability/DICTIONARY/EXPLAINER.json            under "result" what it is of, and of each feature its explanation,
+                                                          scores, detection, fuzzing and moments
+    interpretability/neuron-explainer/DICTIONARY/         the records and simulations behind them, for OpenAI's tools:
+        neurons/LAYER/FEATURE.json, EXPLAINER/LAYER/FEATURE.jsonl
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -7,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from steer_server.dictionary.files import StoredDictionary
@@ -18,7 +25,7 @@ from trainer.paper.interpretability import neuron_explainer
 from trainer.paper.interpretability.classify import detection, fuzzing
 from trainer.paper.interpretability.explainers import RULES, Explainer, Explanation
 from trainer.paper.interpretability.fragments import Activations, Fragments, cut
-from trainer.paper.interpretability.records import Records, least_firing
+from trainer.paper.interpretability.records import Records, generator, least_firing
 from trainer.paper.interpretability.sample import Moments, Sample, draw
 from trainer.paper.interpretability.scores import score
 from trainer.paper.lab import Lab, training
@@ -26,7 +33,6 @@ from trainer.paper.results import key
 
 NAME = "interpretability"
 LLM = "llm"
-_GENERATED = 2**31
 _TEXT = ("fragments", "fragment_tokens", "stride")
 _PROTOCOL = ("features", "examples")
 _MODELS = ("llm", "llm_url", "simulator", "simulator_url", "serve")
@@ -251,7 +257,6 @@ def scored(
         kind: score([r.activations for r, _ in own], [s.expected for _, s in own])
         for kind, own in kinds.items()
     }
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + feature) % _GENERATED)
     row = {
         "feature": feature,
         "explanation": explanation.text,
@@ -259,7 +264,7 @@ def scored(
         "r_squared": found["top_and_random"].r_squared,
         "absolute_dev_explained": found["top_and_random"].absolute_dev_explained,
         "detection": detection(explanation, records)._asdict(),
-        "fuzzing": fuzzing(explanation, records, generator)._asdict(),
+        "fuzzing": fuzzing(explanation, records, generator(seed, feature))._asdict(),
     }
     paper = top + random
     results = neuron_explainer.simulation_results(

@@ -118,5 +118,10 @@ def quantise(activations: Sequence[float], largest: float) -> list[int]:
     return [min(LEVELS, math.floor(LEVELS * max(0.0, f) / largest)) for f in activations]
 
 
+def generator(seed: int, feature: int) -> torch.Generator:
+    """For the draws of one feature, whichever others are looked at."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + feature)
+
+
 def _draw(numbers: Tensor, count: int, generator: torch.Generator) -> list[int]:
     return numbers[torch.randperm(len(numbers), generator=generator)[:count]].tolist()

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from steer_server.dictionary.files import StoredDictionary
 from trainer.paper.interpretability.fragments import Activations, Fragments
-from trainer.paper.interpretability.records import Records, choose, least_firing, records
+from trainer.paper.interpretability.records import (
+    Records,
+    choose,
+    generator,
+    least_firing,
+    records,
+)
 from trainer.stop import Stop
 
 
@@ -39,8 +45,7 @@ class Sample(NamedTuple):
     def records(self, number: int, fragments: Fragments, examples: int, seed: int) -> Records:
         """The fragments of the `number`-th feature."""
         f = self.activations[:, :, number]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + self.features[number])
-        chosen = choose(f.amax(dim=1), examples, generator)
+        chosen = choose(f.amax(dim=1), examples, generator(seed, self.features[number]))
         assert chosen is not None, "only features that are active in enough fragments are drawn"
         return records(chosen, f, fragments.texts)
 
@@ -54,7 +59,10 @@ def draw(
     seed: int,
     stop: Stop,
 ) -> Sample:
-    """At most `count` features, at random among those that are active in enough fragments."""
+    """At most `count` features, at random among those that are active in enough fragments.
+
+    The paper's code takes the first ones, which of PCA are those of most variance.
+    """
     active = torch.zeros(stored.card.n_features, dtype=torch.int64)
     kept: list[Tensor] = []
     for x, keep in _kept(stored, activations, stop):
@@ -62,9 +70,8 @@ def draw(
         active += (f.unflatten(0, keep.shape).amax(dim=1) > 0).sum(dim=0)
         kept.append(keep)
     eligible = (active >= least_firing(examples)).nonzero().squeeze(1)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(eligible), generator=generator)
-    features = eligible[order[:count]].sort().values.tolist()
+    order = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(seed))
+    features = eligible[order[:count]].tolist()
     parts = [
         stored.dictionary.encode_features(x, features).clamp(min=0.0) * keep[:, :, None]
         for x, keep in _kept(stored, activations, stop)
