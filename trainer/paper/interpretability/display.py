@@ -91,6 +91,7 @@ def figures(scores: "Scores", kind: str) -> list[Figure]:
             if own:
                 _bars(panel, own, colour, role)
         panel.set_yticks(range(len(points)), [_name(subject) for subject, _ in points])
+        panel.margins(y=0.1)
         panel.invert_yaxis()
         panel.set_xlabel(f"{KINDS[kind]} score, by {scores.explainer}")
         panel.axvline(0, color="black", linewidth=0.8)

@@ -16,13 +16,14 @@ from tqdm import tqdm
 from steer_server.dictionary.site import Site
 from trainer.errors import BadCorpus
 from trainer.files import whole_file
-from trainer.model import read_sites, truncate
+from trainer.model import device, read_sites, truncate
 from trainer.paper.lab import Lab
 
 REPLACEMENT = "\ufffd"
 """What an incomplete character decodes to; the paper throws away fragments that have one."""
 _SHARD = 256
 _AT_ONCE = 16
+_ENCODED = 64
 
 
 class Fragments(NamedTuple):
@@ -96,10 +97,11 @@ class Activations:
                 bar.update(len(part))
 
     def pieces(self, site: Site) -> Iterator[Tensor]:
-        """The site's x of all fragments, in order: fragments x tokens x d_model, in float32."""
+        """The site's x of all fragments, in order: fragments x tokens x d_model, in float32, where tensors are computed."""
         count = -(-len(self._fragments) // _SHARD)
         for number in range(count):
-            yield load_file(self._path(number))[str(site)].float()
+            for x in load_file(self._path(number))[str(site)].split(_ENCODED):
+                yield x.to(device()).float()
 
     def remove(self) -> None:
         """What is on disk."""

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_server.dictionary.files import StoredDictionary
+from trainer.model import device
 from trainer.paper.interpretability.fragments import Activations, Fragments
 from trainer.paper.interpretability.records import (
     Records,
@@ -63,17 +64,18 @@ def draw(
 
     The paper's code takes the first ones, which of PCA are those of most variance.
     """
+    dictionary = stored.dictionary.to(device())
     active = torch.zeros(stored.card.n_features, dtype=torch.int64)
     kept: list[Tensor] = []
     for x, keep in _kept(stored, activations, stop):
-        f = stored.dictionary.encode(x.flatten(0, 1)).clamp(min=0.0) * keep.flatten()[:, None]
-        active += (f.unflatten(0, keep.shape).amax(dim=1) > 0).sum(dim=0)
-        kept.append(keep)
+        f = dictionary.encode(x).clamp(min=0.0) * keep[:, :, None]
+        active += (f.amax(dim=1) > 0).sum(dim=0).cpu()
+        kept.append(keep.cpu())
     eligible = (active >= least_firing(examples)).nonzero().squeeze(1)
     order = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(seed))
     features = eligible[order[:count]].tolist()
     parts = [
-        stored.dictionary.encode_features(x, features).clamp(min=0.0) * keep[:, :, None]
+        (dictionary.encode_features(x, features).clamp(min=0.0) * keep[:, :, None]).cpu()
         for x, keep in _kept(stored, activations, stop)
     ]
     f = torch.cat(parts)
