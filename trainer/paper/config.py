@@ -45,7 +45,58 @@ class InterpretabilitySettings:
     """Automatic interpretability (section 3)."""
 
     dictionaries: tuple[str, ...] = ()
-    """Folders of the dictionaries to score."""
+    """Folders of the dictionaries to score; directions and those of random weights are what others are compared with."""
+    explainers: tuple[str, ...] = ("token", "token+previous")
+    """`token`, `token+previous`: rules that need no model; `llm`: a language model. Verdicts are by the first one."""
+    features: int = 150
+    """Of each dictionary, drawn among those that are active in enough fragments."""
+    fragments: int = 50_000
+    """Pieces of held-out text, fewer if it ends before."""
+    fragment_tokens: int = 64
+    """Tokens of a fragment."""
+    stride: int = 1024
+    """Tokens of text from which one fragment is taken, at a random place; the paper takes one of each document."""
+    examples: int = 20
+    """Fragments of strongest activation, and random ones, in four interleaved splits; a quarter of them is scored."""
+    llm: str = ""
+    """Model that explains: its name at `llm_url`, or a folder or hub id that vLLM serves here meanwhile."""
+    llm_url: str = ""
+    """OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; the key is the environment's OPENAI_API_KEY."""
+    simulator: str = ""
+    """Model that simulates, where it is not the one that explains; it must give log-probabilities of its prompt."""
+    simulator_url: str = ""
+    """Its endpoint."""
+    llm_features: int = 0
+    """Of the features, how many `llm` gets, because it takes long; 0: all."""
+    serve: tuple[str, ...] = ()
+    """Options of `vllm serve` for a model without a URL."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        unknown = sorted(set(self.explainers) - {"token", "token+previous", "llm"})
+        if unknown or not self.explainers:
+            raise BadConfig(
+                f"interpretability.explainers is {list(self.explainers)}; allowed are token, token+previous, llm, at least one"
+            )
+        if "llm" in self.explainers and not self.llm:
+            raise BadConfig(
+                "interpretability.explainers has llm; `llm` must name a model, and `llm_url` where it is served, if it is"
+            )
+        for name in ("features", "fragments", "stride"):
+            if getattr(self, name) < 1:
+                raise BadConfig(
+                    f"interpretability.{name} is {getattr(self, name)}, it must be above 0"
+                )
+        if self.fragment_tokens < 2:
+            raise BadConfig(
+                f"interpretability.fragment_tokens is {self.fragment_tokens}, it must be above 1"
+            )
+        if self.examples < 4 or self.examples % 4:
+            raise BadConfig(
+                f"interpretability.examples is {self.examples}, it must be a multiple of 4"
+            )
+        if bool(self.simulator) != bool(self.simulator_url):
+            raise BadConfig("interpretability.simulator and simulator_url go together")
 
 
 @dataclass(frozen=True, kw_only=True)
