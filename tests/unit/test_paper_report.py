@@ -20,9 +20,12 @@ CONFIG = 'model = "m"\nout = "o"\ncorpus = {"c" = 1.0}\n[ioi]\nprompts = 4\n'
         (CONFIG + "promts = 3\n", r"unknown keys: ioi\.promts; known are dictionaries"),
         ("wrong = 3\n" + CONFIG, "unknown keys: wrong; known are model"),
         ('model = "m"\nout = "o"\n', "missing 1 required keyword-only argument: 'corpus'"),
-        (CONFIG.replace("4", '"4"'), r"ioi\.prompts is '4'; it must be int"),
+        (CONFIG.replace("4", '"4"'), "prompts is '4'; it must be int"),
         (CONFIG + "sizes = [1, 2.5]\n", "must list int"),
-        (CONFIG + "[cases]\ndictionary = 3\n", r"cases\.dictionary is 3; it must be str"),
+        (CONFIG.replace("4", "0"), r"ioi\.prompts is 0, it must be above 0"),
+        (CONFIG + "sizes = [0, 4, 2]\n", r"ioi\.sizes is \[0, 4, 2\]; it must rise from 0"),
+        (CONFIG + "thresholds = [1.0, 0.5]\n", r"ioi\.thresholds is .* must rise"),
+        (CONFIG + "[cases]\ndictionary = 3\n", "dictionary is 3; it must be str"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, text: str, message: str):

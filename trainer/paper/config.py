@@ -37,7 +37,17 @@ class IoiSettings:
     search_batch: int = 32
     """Candidates whose removal is tried in one run of the model; the sets do not depend on it."""
     server: str = ""
-    """Address of a steer-server that has `dictionaries`, such as 127.0.0.1:50051: they are patched there, too."""
+    """Address of a steer-server that has the first of `dictionaries`, such as 127.0.0.1:50051: it is patched there, too."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("prompts", "heldout", "attribution_steps", "search_prompts", "search_batch"):
+            if getattr(self, name) < 1:
+                raise BadConfig(f"ioi.{name} is {getattr(self, name)}, it must be above 0")
+        if self.sizes[:1] != (0,) or list(self.sizes) != sorted(set(self.sizes)):
+            raise BadConfig(f"ioi.sizes is {list(self.sizes)}; it must rise from 0")
+        if not self.thresholds or list(self.thresholds) != sorted(set(self.thresholds)):
+            raise BadConfig(f"ioi.thresholds is {list(self.thresholds)}; they must rise")
 
 
 @dataclass(frozen=True, kw_only=True)

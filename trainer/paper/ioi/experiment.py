@@ -11,6 +11,7 @@ from tqdm import tqdm
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
+from trainer.errors import BadConfig
 from trainer.paper.ioi.baselines import diff_mean, signed
 from trainer.paper.ioi.patching import Bench, Patching
 from trainer.paper.ioi.prompts import Prompt, draw, names
@@ -35,6 +36,8 @@ class _Subject(NamedTuple):
 
 def experiment(lab: Lab) -> Section:
     """Section 4 of the paper, on the dictionaries of `ioi.dictionaries`."""
+    if not lab.config.ioi.dictionaries:
+        raise BadConfig("ioi.dictionaries names no folder; these are the dictionaries to patch")
     return section(_curves(lab), _searches(lab), _served(lab))
 
 
