@@ -73,6 +73,18 @@ def test_a_feature_that_never_differs_changes_nothing(model, dictionary: Diction
     assert with_others == some
 
 
+def test_features_that_change_are_counted_prompt_by_prompt(model, dictionary: Dictionary):
+    patching = Patching(Bench(model, SITE, PROMPTS), dictionary)
+    alone = [
+        len(Patching(Bench(model, SITE, [prompt]), dictionary).differing) for prompt in PROMPTS
+    ]
+
+    found = patching.changed([range(40), []])
+
+    assert found == [sum(alone) / 2, 0.0]
+    assert 0 < sum(alone) / 2 < len(patching.differing)
+
+
 def test_the_identity_dictionary_carries_everything_over(model):
     patching = Patching(Bench(model, SITE, PROMPTS), Dictionary.directions(torch.eye(16)))
 

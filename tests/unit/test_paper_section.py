@@ -7,7 +7,10 @@ from trainer.paper.page import Verdict
 
 
 def curve(name: str, kls: list[float], sizes: list[int], **more):
-    effects = [{"kl": kl, "edit": float(size)} for kl, size in zip(kls, sizes, strict=True)]
+    effects = [
+        {"kl": kl, "edit": float(size), "changed": size / 2}
+        for kl, size in zip(kls, sizes, strict=True)
+    ]
     return {
         "name": name,
         "site": "resid_post.1",

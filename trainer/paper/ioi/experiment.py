@@ -71,16 +71,22 @@ def _curve(lab: Lab, benches: "_Benches", subject: _Subject) -> dict[str, Any]:
     order = chosen.by_attribution(settings.attribution_steps)
     sizes = [size for size in settings.sizes if size < len(order)]
     sets = [order[:size] for size in sizes] + [order]
-    found = {"prompts": chosen.effects(sets)}
-    lab.stop.check(_KEPT)
     # Past all that differ on the prompts, all that differ at all.
-    found["heldout"] = scored.effects([*sets[:-1], range(dictionary.n_features)])
+    heldout_sets = [*sets[:-1], range(dictionary.n_features)]
+    found = {"prompts": _effects(chosen, sets)}
+    lab.stop.check(_KEPT)
     return {
         "features": dictionary.n_features,
         "differing": len(order),
         "order": order[: max(settings.sizes)],
         "sizes": [*sizes, len(order)],
-    } | {part: [effect._asdict() for effect in effects] for part, effects in found.items()}
+        "heldout": _effects(scored, heldout_sets),
+    } | found
+
+
+def _effects(patching: Patching, sets: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    pairs = zip(patching.effects(sets), patching.changed(sets), strict=True)
+    return [effect._asdict() | {"changed": changed} for effect, changed in pairs]
 
 
 def _searches(lab: Lab) -> list[dict[str, Any]]:

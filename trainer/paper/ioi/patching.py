@@ -86,6 +86,11 @@ class Patching:
         """Of patching each set; features that never differ may be among them."""
         return self.bench.effects(torch.stack([self._delta(chosen) for chosen in sets]))
 
+    def changed(self, sets: Sequence[Sequence[int]]) -> list[float]:
+        """How many of each set's features differ on a prompt, mean over the prompts."""
+        differs = (self.change != 0).any(dim=1).float()
+        return [differs[:, self._columns(chosen)].sum(dim=1).mean().item() for chosen in sets]
+
     def by_attribution(self, steps: int) -> list[int]:
         """The features that differ, those first that lower the KL most, to first order.
 
@@ -114,8 +119,11 @@ class Patching:
         return torch.cat(parts)
 
     def _delta(self, chosen: Sequence[int]) -> Float[Tensor, "prompts positions d_model"]:
-        columns = [self._column[feature] for feature in chosen if feature in self._column]
+        columns = self._columns(chosen)
         return self.change[..., columns] @ self.decoder[columns]
+
+    def _columns(self, chosen: Sequence[int]) -> list[int]:
+        return [self._column[feature] for feature in chosen if feature in self._column]
 
 
 def kl(

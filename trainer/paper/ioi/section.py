@@ -15,7 +15,7 @@ def section(
     curves: Sequence[Curve], searches: Sequence[Mapping[str, Any]], served: Mapping[str, Any] | None
 ) -> Section:
     """Of the JSON results."""
-    findings = [_fewer(curves), _smaller(curves), _reach(curves)]
+    findings = [_fewer(curves), _smaller(curves), _changed(curves), _reach(curves)]
     if searches:
         findings.append(_searched(searches))
     if served:
@@ -31,7 +31,7 @@ def section(
 
 
 def needed(curve: Curve, level: float, of: str, part: str = "heldout") -> float | None:
-    """How much of `of`, "size" or "edit", brings the KL down to the level; None if nothing does.
+    """How much of `of`, "size", "edit" or "changed", brings the KL down to the level; None if nothing does.
 
     Between two points of the curve the least KL so far is taken to fall in a straight line.
     """
@@ -93,6 +93,17 @@ def _smaller(curves: Sequence[Curve]) -> Finding:
         "Smaller edits than PCA",
         "for a given KL, patching dictionary features changes the activations less (figure 4 right).",
         "edit magnitude |x' - x|, mean over positions",
+    )
+
+
+def _changed(curves: Sequence[Curve]) -> Finding:
+    return _against_pca(
+        curves,
+        "changed",
+        "Fewer features change on a prompt",
+        "(ours) a set that serves many prompts holds features which differ on few of them, while a principal component "
+        "differs on every prompt; counted are the patched features that differ on a prompt, mean over prompts.",
+        "patched features that differ, mean over prompts",
     )
 
 
@@ -239,7 +250,7 @@ def _numbers(curves: Sequence[Curve], of: str) -> Table:
         cells = [needed(curve, highest * share, of) for share in shares]
         rows.append(
             [curve["name"], curve["site"]]
-            + ["never" if c is None else f"{c:.0f}" if of == "size" else f"{c:.2f}" for c in cells]
+            + ["never" if c is None else f"{c:.0f}" if of != "edit" else f"{c:.2f}" for c in cells]
         )
     return Table(["to bring the KL to", "", *(f"{highest * s:.2f}" for s in shares)], rows)
 
@@ -259,7 +270,7 @@ def _curves(curves: Sequence[Curve], site: str, of: str, axis: str) -> Figure:
                 color=f"C{number % 10}",
                 label=curve["name"],
             )
-        if of == "size":
+        if of != "edit":
             panel.set_xscale("symlog", base=2, linthresh=1)
         panel.set_xlabel(axis)
         panel.set_ylabel("KL(patched || counterfactual), nats, held-out prompts")
@@ -288,8 +299,8 @@ def _points(curve: Curve, of: str, part: str) -> list[tuple[float, float]]:
 
 
 def _raw(curve: Curve, of: str, part: str) -> list[tuple[float, float]]:
-    if of == "edit":
-        return [(effect["edit"], effect["kl"]) for effect in curve[part]]
+    if of != "size":
+        return [(effect[of], effect["kl"]) for effect in curve[part]]
     # On other prompts all features may differ, not only those that did where they were chosen.
     sizes = curve["sizes"]
     return [(size, effect["kl"]) for size, effect in zip(sizes, curve[part], strict=True)]
