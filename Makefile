@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model corpus protos demo serve test test-unit test-conformance test-nightly test-versions test-prometheus check bench bench-trainers
+.PHONY: help setup lock model corpus protos demo serve test paper test-unit test-conformance test-nightly test-versions test-prometheus check bench bench-trainers
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ protos: setup ## regenerate the stubs
 
 demo: model ## start the server, look at features, edit them, stop
 	$(BIN)/python examples/demo.py
+
+paper: model corpus ## the founding paper's experiments on the shipped dictionaries: build/paper/report.html; SMALL=1 in minutes
+	$(BIN)/python -m trainer report examples/paper/$(if $(SMALL),small/)smollm2-135m.toml
 
 serve: model ## the demo's server, until Ctrl-C
 	$(BIN)/steer-server --config examples/server.toml

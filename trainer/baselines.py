@@ -7,6 +7,7 @@ in the dictionary twice, once with either sign, so that activations are not nega
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -38,9 +39,18 @@ class Directions(NamedTuple):
     mean: Float[Tensor, " d_model"]
 
 
-def fit(config: TrainConfig, source: Source, stop: Stop) -> Dictionary:
-    """The baseline that `config.architecture` names."""
-    found = _KINDS[config.architecture](config, source, stop)
+def fit(
+    config: TrainConfig, source: Source, stop: Stop, known: dict[str, Directions] | None = None
+) -> Dictionary:
+    """The baseline that `config.architecture` names.
+
+    Those that differ in k alone have their directions in common: `known` keeps them for the next.
+    """
+    known = {} if known is None else known
+    shared = replace(config, k=0, out="").digest([field.name for field in fields(config)])
+    if shared not in known:
+        known[shared] = _KINDS[config.architecture](config, source, stop)
+    found = known[shared]
     _check_count(config, len(found.decoder))
     encoder, decoder = (W[: config.n_features] for W in (found.encoder, found.decoder))
     if config.k:

@@ -14,7 +14,7 @@ from steer_server.dictionary.card import model_shape
 from steer_server.dictionary.site import Site
 from trainer.errors import BadConfig
 from trainer.files import sha256
-from trainer.structure import decoder_layers, main_tensor, place
+from trainer.structure import Place, decoder_layers, main_tensor, place
 
 Read = Callable[[Sequence[Site], Tensor], list[Tensor]]
 """Gives the sites' tensors, contexts x positions x width, of contexts that are full to the end."""
@@ -85,8 +85,13 @@ def site_hook(
     model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]
 ) -> Iterator[None]:
     """While entered, `change` sees the site's tensor in every forward pass and may replace it."""
+    with hook_at(place(model, site), change):
+        yield
 
-    where = place(model, site)
+
+@contextmanager
+def hook_at(where: Place, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """As `site_hook`, for a place that is found already."""
 
     def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = change(arguments[0])

@@ -18,7 +18,7 @@ from steer_server.dictionary.features import Evidence
 from steer_server.dictionary.files import CARD, StoredDictionary, check_model, load, save
 from steer_server.dictionary.site import Site
 from trainer import corpus, interpret
-from trainer.baselines import fit, names
+from trainer.baselines import Directions, fit, names
 from trainer.buffer import Buffer
 from trainer.config import BASELINES, PASS_FIELDS, TrainConfig, digest, from_mapping
 from trainer.errors import BadConfig
@@ -73,9 +73,11 @@ def run(
         left = [c for c in _of(source, mine) if not (Path(c.out) / CARD).exists()]
         # Where activations cost a run of the model, one run is for all.
         at_once = len(left) if first.storage == "buffer" else 1
+        known: dict[str, Directions] = {}
         for start in range(0, len(left), max(1, at_once)):
             some = [
-                (c, made.get(c.out) or fit(c, source, stop)) for c in left[start : start + at_once]
+                (c, made.get(c.out) or fit(c, source, stop, known))
+                for c in left[start : start + at_once]
             ]
             _finish(some, source, load_once, lines, stop)
     return [_finished(config) for config in mine]

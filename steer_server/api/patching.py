@@ -69,14 +69,14 @@ class _Difference(NamedTuple):
             found[feature] = FeatureEdit(dictionary, Patch(feature, values), _EVERYWHERE)
         return found
 
-    def norm(
+    def norms(
         self, stored: StoredDictionary, columns_of: Mapping[int, int], features: Sequence[int]
-    ) -> float:
-        """Length of what the edits add to x, over all positions; `columns_of` says where features stand."""
+    ) -> NDArray[np.float64]:
+        """Lengths of what the edits add to x, [positions]; `columns_of` says where features stand."""
         columns = [columns_of[feature] for feature in features]
         change = (self.source - self.target)[:, columns]
         decoder = stored.dictionary.W_dec[list(features)].double().numpy()
-        return float(np.linalg.norm(change @ decoder / stored.card.input_scale))
+        return np.linalg.norm(change @ decoder / stored.card.input_scale, axis=1)
 
 
 async def answer(
@@ -121,10 +121,7 @@ async def answer(
 
     ran = await together(patch(number, features) for number, features in enumerate(patched))
     norms = await asyncio.to_thread(
-        lambda: [
-            difference.norm(stored, columns_of, features) if features else 0.0
-            for features in patched
-        ]
+        lambda: [difference.norms(stored, columns_of, features) for features in patched]
     )
 
     def next_token(distribution: NDArray[np.float32]) -> steering_pb2.NextToken:
@@ -141,10 +138,12 @@ async def answer(
                 next=next_token(found.distribution),
                 source_kl=kl(source.distribution, found.distribution),
                 target_kl=kl(target.distribution, found.distribution),
-                edit_norm=norm,
+                edit_norm=float(np.linalg.norm(lengths)),
                 patched_features=len(features),
+                reverse_source_kl=kl(found.distribution, source.distribution),
+                mean_edit_norm=lengths.sum() / len(target_ids),
             )
-            for found, features, norm in zip(ran, patched, norms, strict=True)
+            for found, features, lengths in zip(ran, patched, norms, strict=True)
         ],
         differing_features=difference.features,
     )

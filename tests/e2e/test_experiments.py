@@ -1,5 +1,8 @@
 """Compare, Score, Patch, chats and several sequences over gRPC, on the real engine, against transformers."""
 
+import asyncio
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,13 @@ from steer.v1 import edits_pb2, steering_pb2
 from steer_client import SteerClient, ablate, add
 from steer_server.dictionary.edits import AddRelative, Clamp
 from steer_server.dictionary.files import StoredDictionary
+from tests.conftest import SITE
 from tests.e2e.helpers import IOI
 from tests.e2e.reference import Reference
+from trainer.model import load_model, load_tokenizer
+from trainer.paper.ioi.patching import Bench, Patching
+from trainer.paper.ioi.prompts import draw, names
+from trainer.paper.ioi.served import served_effects
 
 pytestmark = pytest.mark.e2e
 
@@ -75,10 +83,29 @@ async def test_patched_distributions_equal_the_reference(
         )
         assert result.source_kl == pytest.approx(kl(other, expected), abs=1e-3)
         assert result.target_kl == pytest.approx(kl(plain, expected), abs=1e-3)
+        assert result.reverse_source_kl == pytest.approx(kl(expected, other), abs=1e-3)
     assert response.target_next.ids[0] == mary
     assert response.source_next.ids[0] == john
     assert len(response.differing_features) > 200
     assert chosen.edit_norm < whole.edit_norm
+
+
+async def test_the_papers_experiment_through_the_server_is_the_one_offline(
+    target: str, model_path: Path, random_dictionary: StoredDictionary
+) -> None:
+    tokenizer = load_tokenizer(str(model_path))
+    prompts = draw(tokenizer, names(tokenizer, 10), 3, "0")
+    bench = Bench(load_model(str(model_path)), SITE, prompts)
+    patching = Patching(bench, random_dictionary.dictionary)
+    order = patching.by_attribution(steps=1)
+    sets = [[], order[:1], order[:40], order[-40:]]
+
+    here = patching.effects(sets)
+    there = await asyncio.to_thread(served_effects, target, random_dictionary, prompts, sets)
+
+    for mine, theirs in zip(here, there, strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-3)
+    assert here[0].kl - here[2].kl > 0.01
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> float:

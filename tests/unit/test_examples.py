@@ -1,6 +1,7 @@
 """What ships in examples/ is what its pages promise."""
 
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ import pytest
 from steer_server.config import resolve
 from steer_server.dictionary import files
 from steer_server.dictionary.files import StoredDictionary
+from trainer.config import load as training
+from trainer.paper.config import load as experiments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+PAPER = EXAMPLES / "paper"
 FOLDER = EXAMPLES / "dictionaries" / "smollm2-135m-resid10"
 
 
@@ -77,3 +81,29 @@ def test_each_of_the_four_sites_is_small_and_as_good_as_its_page_says(site: str)
     config = tomllib.loads((EXAMPLES / "smollm2-135m-sites.toml").read_text())
     trained = card.training["config"]
     assert all(trained[key] == config[key] for key in ("n_features", "k", "lr", "epochs"))
+
+
+@pytest.mark.parametrize("path", sorted(PAPER.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_configuration_of_the_paper_names_dictionaries_that_will_be_there(path: Path) -> None:
+    if "trainings" not in tomllib.loads(path.read_text()):
+        assert training(path)
+        return
+    config = experiments(path)
+    made = {each.out for entry in config.trainings for each in training(Path(entry))}
+    tables = [
+        asdict(getattr(config, name)) for name in ("interpretability", "ioi", "cases", "tradeoffs")
+    ]
+    named = {
+        entry
+        for table in tables
+        for value in table.values()
+        for entry in (
+            [value] if isinstance(value, str) else value if isinstance(value, tuple) else []
+        )
+        if isinstance(entry, str) and "/dictionaries/" in entry
+    }
+
+    assert named
+    for folder in named:
+        within = any(out == folder or out.startswith(f"{folder}/") for out in made)
+        assert within or (Path(folder) / "dictionary.json").exists(), folder

@@ -164,3 +164,13 @@ def test_baselines_are_part_of_a_sweep(config: TrainConfig) -> None:
     assert cards[0].quality.fvu < 1e-3
     labels = {e.feature: e.label for e in load(Path(configs[4].out)).evidence.values()}
     assert set(labels.values()) >= {"NN", "not NN", "VB", "not VB"}
+
+
+def test_baselines_that_differ_in_k_alone_are_fitted_once(config: TrainConfig, x: Tensor) -> None:
+    few, known = replace(config, architecture="ica", n_features=3), {}
+
+    whole, top = (fit(replace(few, k=k), activations(x), Stop(), known) for k in (0, 2))
+    fit(replace(few, seed=5), activations(x), Stop(), known)
+
+    assert len(known) == 2
+    assert torch.equal(top.W_dec, torch.cat([whole.W_dec, -whole.W_dec]))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from trainer import config as training_config
 from trainer.paper.config import PaperConfig
+from trainer.paper.interpretability import experiment as interpretability
+from trainer.paper.ioi import experiment as ioi
 from trainer.paper.lab import Lab
 from trainer.paper.page import Section, write_page
 from trainer.run import run as train
@@ -16,7 +18,7 @@ Experiment = Callable[[Lab], Section]
 
 def experiments() -> dict[str, Experiment]:
     """By name, in the order of the report."""
-    return {}
+    return {"interpretability": interpretability.experiment, "ioi": ioi.experiment}
 
 
 def prepare(config: PaperConfig, runs: Path, stop: Stop) -> None:

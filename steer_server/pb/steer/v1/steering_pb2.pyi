@@ -423,15 +423,19 @@ class NextToken(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ..., pieces: _Optional[_Iterable[str]] = ..., logprobs: _Optional[_Iterable[float]] = ..., token_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class PatchResult(_message.Message):
-    __slots__ = ("next", "source_kl", "target_kl", "edit_norm", "patched_features")
+    __slots__ = ("next", "source_kl", "target_kl", "edit_norm", "patched_features", "reverse_source_kl", "mean_edit_norm")
     NEXT_FIELD_NUMBER: _ClassVar[int]
     SOURCE_KL_FIELD_NUMBER: _ClassVar[int]
     TARGET_KL_FIELD_NUMBER: _ClassVar[int]
     EDIT_NORM_FIELD_NUMBER: _ClassVar[int]
     PATCHED_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    REVERSE_SOURCE_KL_FIELD_NUMBER: _ClassVar[int]
+    MEAN_EDIT_NORM_FIELD_NUMBER: _ClassVar[int]
     next: NextToken
     source_kl: float
     target_kl: float
     edit_norm: float
     patched_features: int
-    def __init__(self, next: _Optional[_Union[NextToken, _Mapping]] = ..., source_kl: _Optional[float] = ..., target_kl: _Optional[float] = ..., edit_norm: _Optional[float] = ..., patched_features: _Optional[int] = ...) -> None: ...
+    reverse_source_kl: float
+    mean_edit_norm: float
+    def __init__(self, next: _Optional[_Union[NextToken, _Mapping]] = ..., source_kl: _Optional[float] = ..., target_kl: _Optional[float] = ..., edit_norm: _Optional[float] = ..., patched_features: _Optional[int] = ..., reverse_source_kl: _Optional[float] = ..., mean_edit_norm: _Optional[float] = ...) -> None: ...
