@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer import config as training_config
+from trainer.paper.cases import experiment as cases
 from trainer.paper.config import PaperConfig
 from trainer.paper.interpretability import experiment as interpretability
 from trainer.paper.ioi import experiment as ioi
 from trainer.paper.lab import Lab
 from trainer.paper.page import Section, write_page
+from trainer.paper.tradeoffs import experiment as tradeoffs
 from trainer.run import run as train
 from trainer.stop import Stop
 
@@ -18,7 +20,12 @@ Experiment = Callable[[Lab], Section]
 
 def experiments() -> dict[str, Experiment]:
     """By name, in the order of the report."""
-    return {"interpretability": interpretability.experiment, "ioi": ioi.experiment}
+    return {
+        "interpretability": interpretability.experiment,
+        "ioi": ioi.experiment,
+        "cases": cases.experiment,
+        "tradeoffs": tradeoffs.experiment,
+    }
 
 
 def prepare(config: PaperConfig, runs: Path, stop: Stop) -> None:
