@@ -90,3 +90,5 @@ def test_the_page_shows_each_claim_beside_its_verdict(tmp_path: Path):
     assert "a &lt;line&gt;" in page
     assert page.count("<svg") == 1
     assert "<td>S</td><td>T</td><td>not reproduced</td>" in page
+    text = (tmp_path / "report.md").read_text()
+    assert "### T: not reproduced\n\n**The paper:** claim & all\n\n**Here:** so\n\n| a |" in text

@@ -65,7 +65,7 @@ def test_the_verdict_follows_from_what_was_won():
         Verdict.REPRODUCED,
         Verdict.DIFFERS,
         Verdict.NOT_REPRODUCED,
-        Verdict.NOT_REPRODUCED,
+        Verdict.NOT_MEASURED,
     ]
 
 

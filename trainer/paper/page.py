@@ -59,7 +59,7 @@ def plot(draw: Callable[[Any], None], caption: str, size: tuple[float, float] = 
 
 
 def write_page(title: str, about: str, sections: Sequence[Section], path: Path) -> None:
-    """One file that needs no other."""
+    """One file of HTML that needs no other, and beside it the same without figures as Markdown."""
     body = "\n".join(_section(section, number) for number, section in enumerate(sections, 1))
     verdicts = Table(
         ["section", "claim", "verdict"],
@@ -68,8 +68,10 @@ def write_page(title: str, about: str, sections: Sequence[Section], path: Path) 
     page = _PAGE.format(
         title=escape(title), about=escape(about), overview=verdicts.html(), body=body
     )
-    with whole_file(path) as fresh:
-        fresh.write_text(page, encoding="utf-8")
+    parts = [f"# {title}", about, verdicts.markdown(), *map(_section_markdown, sections)]
+    for file, text in ((path, page), (path.with_suffix(".md"), "\n\n".join(parts) + "\n")):
+        with whole_file(file) as fresh:
+            fresh.write_text(text, encoding="utf-8")
 
 
 def _section(section: Section, number: int) -> str:
@@ -89,6 +91,14 @@ def _finding(finding: Finding) -> str:
         f"<p><b>The paper:</b> {escape(finding.claim)}</p>\n"
         f"<p><b>Here:</b> {escape(finding.because)}</p>\n{figures}\n{tables}"
     )
+
+
+def _section_markdown(section: Section) -> str:
+    parts = [f"## {section.title}", section.about]
+    for finding in section.findings:
+        parts += [f"### {finding.title}: {finding.verdict}", f"**The paper:** {finding.claim}"]
+        parts += [f"**Here:** {finding.because}", *(table.markdown() for table in finding.tables)]
+    return "\n\n".join(parts)
 
 
 _PAGE = """<!doctype html>

@@ -69,8 +69,10 @@ def wins(mine: Curve, others: Sequence[Curve], of: str, part: str = "heldout") -
 
 
 def verdict(won: int, compared: int) -> Verdict:
-    """Reproduced if all levels are won, not if none is."""
-    if compared and won == compared:
+    """Reproduced if all are won, not if none is; not measured if there is none."""
+    if not compared:
+        return Verdict.NOT_MEASURED
+    if won == compared:
         return Verdict.REPRODUCED
     return Verdict.DIFFERS if won else Verdict.NOT_REPRODUCED
 
