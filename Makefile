@@ -82,6 +82,7 @@ bench: model ## benchmarks; results as JSON in build/
 	$(BIN)/python benchmarks/growth.py --json build/growth.json --plot build/growth.svg
 	$(BIN)/python benchmarks/live_update.py --json build/live_update.json
 	$(BIN)/python benchmarks/api_overhead.py --json build/api_overhead.json
+	$(BIN)/python benchmarks/api_message_cost.py --json build/api_message_cost.json
 
 bench-trainers: model corpus ## the trainer against SAELens, sparsify and dictionary_learning (5 GB, hours)
 	$(BIN)/python benchmarks/trainer_throughput.py --json build/trainer_throughput.json

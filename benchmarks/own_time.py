@@ -10,7 +10,7 @@ import functools
 import time
 from typing import Any
 
-from steer_server import engine
+from steer_server.vllm_plugin import exchange
 from steer_server.vllm_plugin.frontend import Frontend
 
 _seconds = 0.0
@@ -25,7 +25,7 @@ def watch_worker(worker: Any) -> None:
 def watch_frontend() -> None:
     for name in ("admit", "receive"):
         _watch(Frontend, name)
-    _watch(engine, "_step")
+    _watch(exchange, "step")
 
 
 def seconds(_worker: Any = None) -> float:

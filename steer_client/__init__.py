@@ -2,7 +2,7 @@
 
 from steer_client.admin import AdminClient
 from steer_client.channel import Tls
-from steer_client.client import LiveSession, Options, SteerClient, rejection
+from steer_client.client import SteerClient
 from steer_client.edits import (
     Feature,
     ablate,
@@ -18,6 +18,8 @@ from steer_client.edits import (
     size_limit,
 )
 from steer_client.errors import CallFailed
+from steer_client.generation import Options
+from steer_client.live import LiveSession, rejection
 from steer_client.rows import Row, rows
 
 __all__ = [

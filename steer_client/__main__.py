@@ -7,7 +7,8 @@ import sys
 import grpc
 
 from steer_client import commands, show
-from steer_client.cli import parser, sampling_of, tls_of
+from steer_client.arguments import sampling_of
+from steer_client.cli import parser, tls_of
 from steer_client.client import SteerClient
 from steer_client.edits import Feature, read_top
 from steer_client.errors import CallFailed

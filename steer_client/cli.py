@@ -2,16 +2,13 @@
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from steer.v1 import activations_pb2, edits_pb2
-
-from steer_client import edits
+from steer_client import experiments
+from steer_client.arguments import STRENGTHS, add_edits, add_read_outs, add_sampling, count
 from steer_client.channel import Tls
 from steer_client.client import DEFAULT_TARGET
-from steer_client.edits import Feature
 
 _EXAMPLES = """\
 examples:
@@ -22,15 +19,11 @@ examples:
   steer search "royal family"
   steer contrast l9 --positive "I love it" --positive "How nice" --negative "I hate it"
   steer generate "Once upon a time" --clamp l9:17=2xmax --add l9:4=0.5norm --top l9=3
+  steer compare "Once upon a time" --ablate l9:17
+  steer score "The capital of France is" " Paris" " Rome" --ablate l9:17
+  steer patch l9 "The capital of Italy is" "The capital of France is" --all --set 17,4
 
-a strength is a number and what it counts:
-  3.5      activations, as `steer encode` prints them
-  2xmax    the feature's largest activation in its training text
-  0.5norm  the length of x at each token (add only)
-  1.5row   decoder rows as stored
 """
-_STRENGTH = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)(xmax|norm|row)?")
-_UNITS: dict[str, edits.Unit] = {"": "activation", "xmax": "max", "norm": "norm", "row": "row"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="steer",
         description="Read and edit the features of a served language model.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES + STRENGTHS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -57,7 +50,12 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("dictionary", metavar="DICT")
     encode.add_argument("text", metavar="TEXT")
     encode.add_argument("--top", type=int, default=5, metavar="K", help="per token (default 5)")
-    _add_generate(commands.add_parser("generate", parents=[common], help="generate under edits"))
+    generate = commands.add_parser("generate", parents=[common], help="generate under edits")
+    generate.add_argument("text", metavar="TEXT")
+    add_edits(generate, "append", dest="edits", default=[])
+    add_read_outs(generate)
+    add_sampling(generate)
+    experiments.add_commands(commands, common)
     _add_lookups(commands, common)
     _add_administration(commands, common)
     return root
@@ -93,14 +91,14 @@ def _add_lookups(commands: Any, common: argparse.ArgumentParser) -> None:
         action="store_true",
         help="look at the tokens that features raise and fire on, too",
     )
-    search.add_argument("--limit", type=_count, default=20, metavar="N", help="default 20")
+    search.add_argument("--limit", type=count, default=20, metavar="N", help="default 20")
     nearest = commands.add_parser(
         "nearest", parents=[common], help="find features with like decoder rows"
     )
     nearest.add_argument("dictionary", metavar="DICT")
     nearest.add_argument("index", metavar="ID", type=int)
     nearest.add_argument("--among", default="", metavar="DICT", help="default: the same one")
-    nearest.add_argument("--top", type=_count, default=10, metavar="K", help="default 10")
+    nearest.add_argument("--top", type=count, default=10, metavar="K", help="default 10")
     inspect = commands.add_parser(
         "inspect", parents=[common], help="show what features texts have most of"
     )
@@ -120,7 +118,7 @@ def _add_lookups(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_aggregate(command: argparse.ArgumentParser, choices: Sequence[str]) -> None:
     command.add_argument("--by", choices=choices, default="mean", help="default mean")
-    command.add_argument("--top", type=_count, default=20, metavar="K", help="default 20")
+    command.add_argument("--top", type=count, default=20, metavar="K", help="default 20")
     command.add_argument(
         "--include-first", action="store_true", help="count position 0, most models' outlier"
     )
@@ -139,96 +137,3 @@ def _add_administration(commands: Any, common: argparse.ArgumentParser) -> None:
     sessions = commands.add_parser("sessions", parents=[common], help="list the open sessions")
     sessions.add_argument("--close", metavar="ID", help="end this one instead")
     commands.add_parser("drain", parents=[common], help="let running calls end, then the server")
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _add_generate(generate: argparse.ArgumentParser) -> None:
-    generate.add_argument("text", metavar="TEXT")
-    changes = generate.add_argument_group("edits (repeatable)")
-    for name, form, help_text in (
-        ("ablate", "DICT:ID", "activation becomes 0"),
-        ("clamp", "DICT:ID=STRENGTH", "activation becomes STRENGTH, such as 2xmax"),
-        ("scale", "DICT:ID=FACTOR", "activation is multiplied"),
-        ("add", "DICT:ID=STRENGTH", "STRENGTH is added, such as 0.5norm"),
-    ):
-        changes.add_argument(
-            f"--{name}",
-            dest="edits",
-            action="append",
-            type=_EDITS[name],
-            metavar=form,
-            help=help_text,
-            default=[],
-        )
-    reads = generate.add_argument_group("read-outs (repeatable)")
-    reads.add_argument(
-        "--top",
-        dest="read_outs",
-        action="append",
-        type=_top,
-        metavar="DICT=K",
-        help="print each token's K strongest features",
-        default=[],
-    )
-    sampling = generate.add_argument_group("sampling")
-    sampling.add_argument("--max-tokens", type=int, metavar="N", help="default 64")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0: greedy; default 1")
-    sampling.add_argument("--top-p", type=float, metavar="P", help="default 1")
-    sampling.add_argument("--seed", type=int, metavar="N", help="makes draws repeatable")
-    sampling.add_argument("--ignore-eos", action="store_true", default=None)
-
-
-def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of Sampling that were given."""
-    names = ("max_tokens", "temperature", "top_p", "seed", "ignore_eos")
-    given = {name: getattr(options, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _ablate(text: str) -> edits_pb2.Edit:
-    return edits.ablate(_feature(text))
-
-
-def _clamp(text: str) -> edits_pb2.Edit:
-    return edits.clamp(*_assignment(text))
-
-
-def _add(text: str) -> edits_pb2.Edit:
-    return edits.add(*_assignment(text))
-
-
-def _scale(text: str) -> edits_pb2.Edit:
-    feature, factor, unit = _assignment(text)
-    if unit != "activation":
-        raise argparse.ArgumentTypeError(f"{text!r}: a factor has no unit")
-    return edits.scale(feature, factor)
-
-
-def _top(text: str) -> activations_pb2.ReadOut:
-    dictionary, equals, k = text.rpartition("=")
-    if not (dictionary and equals and k.isascii() and k.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not DICT=K, such as l9=5")
-    return edits.read_top(dictionary, int(k))
-
-
-def _assignment(text: str) -> tuple[Feature, float, edits.Unit]:
-    left, _, right = text.rpartition("=")
-    match = _STRENGTH.fullmatch(right)
-    if not left or match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not DICT:ID=STRENGTH, such as l9:17=2xmax")
-    return _feature(left), float(match[1]), _UNITS[match[2] or ""]
-
-
-def _feature(text: str) -> Feature:
-    try:
-        return Feature.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-_EDITS = {"ablate": _ablate, "clamp": _clamp, "scale": _scale, "add": _add}

@@ -1,9 +1,8 @@
 """A client whose calls take Python values and give protos."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import Any, Literal, Self, TypedDict, Unpack, cast
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Literal, Self, Unpack
 
-from google.rpc import status_pb2
 from steer.v1 import (
     activations_pb2,
     activations_pb2_grpc,
@@ -12,59 +11,28 @@ from steer.v1 import (
     edits_pb2,
     info_pb2,
     info_pb2_grpc,
-    prompt_pb2,
     steering_pb2,
     steering_pb2_grpc,
 )
 
 from steer_client.admin import AdminClient
 from steer_client.channel import Tls, call_metadata, open_channel
-from steer_client.errors import CallFailed, calls
+from steer_client.errors import calls
+from steer_client.generation import Options, PromptLike, as_prompt, continuation, generation
+from steer_client.live import LiveSession
 
 DEFAULT_TARGET = "localhost:50051"
 
 Aggregate = Literal["mean", "max", "sum", "frequency"]
 
 GenerationEvent = steering_pb2.Started | steering_pb2.Tokens | steering_pb2.Finished
-SessionEvent = (
-    GenerationEvent
-    | steering_pb2.UpdateApplied
-    | steering_pb2.UpdateRejected
-    | steering_pb2.Paused
-    | steering_pb2.Resumed
-    | steering_pb2.Draining
-)
-PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]] | prompt_pb2.Prompt
-"""Text, token ids, or messages such as {"role": "user", "content": "Hello"}."""
 
-_ROLES = {
-    "system": prompt_pb2.ROLE_SYSTEM,
-    "user": prompt_pb2.ROLE_USER,
-    "assistant": prompt_pb2.ROLE_ASSISTANT,
-    "tool": prompt_pb2.ROLE_TOOL,
+_AGGREGATES: dict[Aggregate, activations_pb2.Aggregate] = {
+    "mean": activations_pb2.AGGREGATE_MEAN,
+    "max": activations_pb2.AGGREGATE_MAX,
+    "sum": activations_pb2.AGGREGATE_SUM,
+    "frequency": activations_pb2.AGGREGATE_FREQUENCY,
 }
-_GENERATION = ("edits", "read_outs", "presets", "size_limit", "stop_when")
-
-
-class Options(TypedDict, total=False):
-    """Of a generation: what it edits and reads, and how it draws; as steer.v1.Generation and Sampling say."""
-
-    edits: Sequence[edits_pb2.Edit]
-    read_outs: Sequence[activations_pb2.ReadOut]
-    presets: Sequence[str]
-    size_limit: edits_pb2.SizeLimit
-    """See `size_limit` of this package."""
-    stop_when: Sequence[edits_pb2.Condition]
-    """See `active`."""
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    stop: Sequence[str]
-    ignore_eos: bool
-    logprobs: bool
-    n: int
 
 
 class SteerClient:
@@ -232,7 +200,7 @@ class SteerClient:
         self, prompt: PromptLike, **options: Unpack[Options]
     ) -> steering_pb2.GenerateResponse:
         """A whole generation at once; see `Options`."""
-        request = steering_pb2.GenerateRequest(generation=_generation(prompt, options))
+        request = steering_pb2.GenerateRequest(generation=generation(prompt, options))
         with calls():
             return await self._steering.Generate(request, **self._with)
 
@@ -243,8 +211,7 @@ class SteerClient:
 
         Closing the generator aborts the generation.
         """
-        generation = _generation(prompt, options)
-        request = steering_pb2.GenerateStreamRequest(generation=generation)
+        request = steering_pb2.GenerateStreamRequest(generation=generation(prompt, options))
         call = self._steering.GenerateStream(request, **self._with)
         try:
             with calls():
@@ -261,7 +228,7 @@ class SteerClient:
     ) -> AsyncGenerator[steering_pb2.CompareResponse, None]:
         """Generations side by side: under the options' edits (by default none), and under those of each arm."""
         request = steering_pb2.CompareRequest(
-            generation=_generation(prompt, options),
+            generation=generation(prompt, options),
             arms=[
                 arm if isinstance(arm, steering_pb2.Arm) else steering_pb2.Arm(edits=arm)
                 for arm in arms
@@ -285,7 +252,7 @@ class SteerClient:
         """How likely the model finds each continuation after the prompt, under the edits."""
         request = steering_pb2.ScoreRequest(
             prompt=as_prompt(prompt),
-            continuations=[_continuation(entry) for entry in continuations],
+            continuations=[continuation(entry) for entry in continuations],
             edits=edits,
             presets=presets,
         )
@@ -324,126 +291,6 @@ class SteerClient:
         with calls():
             return await self._steering.Patch(request, **self._with)
 
-    def session(self) -> "LiveSession":
+    def session(self) -> LiveSession:
         """A session, to be used in `async with`."""
         return LiveSession(self._steering, self._metadata)
-
-
-class LiveSession:
-    """Turns whose edits change while tokens come: start, update, and iterate over the events."""
-
-    def __init__(
-        self,
-        steering: steering_pb2_grpc.SteeringServiceStub,
-        metadata: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        self._call = steering.Session(metadata=tuple(metadata))
-        self._updates = 0
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._call.cancel()
-
-    async def start(self, prompt: PromptLike, **options: Unpack[Options]) -> None:
-        """Begins a turn; only one runs at a time."""
-        start = steering_pb2.StartTurn(generation=_generation(prompt, options))
-        await self._send(steering_pb2.SessionRequest(start_turn=start))
-
-    async def update(
-        self,
-        edits: Sequence[edits_pb2.Edit],
-        *,
-        read_outs: Sequence[activations_pb2.ReadOut] | None = None,
-        at_index: int | None = None,
-        presets: Sequence[str] = (),
-        size_limit: edits_pb2.SizeLimit | None = None,
-    ) -> int:
-        """Replaces all edits of the turn; returns the update_id that the answer will have.
-
-        Read-outs stay unless some are given. It holds from the next token on, or from generated token `at_index`.
-        """
-        self._updates += 1
-        update = steering_pb2.UpdateEdits(
-            edits=edits,
-            update_id=self._updates,
-            read_outs=None if read_outs is None else steering_pb2.ReadOuts(read_outs=read_outs),
-            at_index=at_index,
-            presets=presets,
-            size_limit=size_limit,
-        )
-        await self._send(steering_pb2.SessionRequest(update=update))
-        return self._updates
-
-    async def pause(self) -> None:
-        """Holds the turn until `resume`; Paused follows."""
-        await self._send(steering_pb2.SessionRequest(pause=steering_pb2.Pause()))
-
-    async def resume(self) -> None:
-        """Lets the turn go on; Resumed follows."""
-        await self._send(steering_pb2.SessionRequest(resume=steering_pb2.Resume()))
-
-    async def cancel_turn(self) -> None:
-        """Aborts the turn; its Finished follows."""
-        cancel = steering_pb2.CancelTurn()
-        await self._send(steering_pb2.SessionRequest(cancel_turn=cancel))
-
-    async def half_close(self) -> None:
-        """No more commands; the turn that runs goes on to its end."""
-        with calls():
-            await self._call.done_writing()
-
-    async def __aiter__(self) -> AsyncIterator[SessionEvent]:
-        with calls():
-            async for response in self._call:
-                yield getattr(response, response.WhichOneof("event"))
-
-    async def _send(self, request: steering_pb2.SessionRequest) -> None:
-        with calls():
-            await self._call.write(request)
-
-
-_AGGREGATES: dict[Aggregate, activations_pb2.Aggregate] = {
-    "mean": activations_pb2.AGGREGATE_MEAN,
-    "max": activations_pb2.AGGREGATE_MAX,
-    "sum": activations_pb2.AGGREGATE_SUM,
-    "frequency": activations_pb2.AGGREGATE_FREQUENCY,
-}
-
-
-def rejection(event: steering_pb2.UpdateRejected) -> CallFailed:
-    """Why an update was rejected."""
-    return CallFailed.from_status(status_pb2.Status.FromString(event.status.SerializeToString()))
-
-
-def as_prompt(prompt: PromptLike) -> prompt_pb2.Prompt:
-    """A prompt of text, token ids, or messages with `role` and `content`."""
-    match prompt:
-        case prompt_pb2.Prompt():
-            return prompt
-        case str():
-            return prompt_pb2.Prompt(text=prompt)
-        case [{"role": _}, *_]:
-            messages = [
-                prompt_pb2.ChatMessage(role=_ROLES[entry["role"]], content=entry["content"])
-                for entry in prompt
-                if isinstance(entry, Mapping)
-            ]
-            return prompt_pb2.Prompt(chat=prompt_pb2.Chat(messages=messages))
-        case _:
-            return prompt_pb2.Prompt(token_ids=prompt_pb2.TokenIds(ids=cast(Sequence[int], prompt)))
-
-
-def _generation(prompt: PromptLike, options: Options) -> steering_pb2.Generation:
-    given: dict[str, Any] = dict(options)
-    of_generation = {key: given.pop(key) for key in _GENERATION if key in given}
-    return steering_pb2.Generation(
-        prompt=as_prompt(prompt), sampling=steering_pb2.Sampling(**given), **of_generation
-    )
-
-
-def _continuation(text: str | Sequence[int]) -> steering_pb2.Continuation:
-    if isinstance(text, str):
-        return steering_pb2.Continuation(text=text)
-    return steering_pb2.Continuation(token_ids=prompt_pb2.TokenIds(ids=text))

@@ -1,16 +1,17 @@
-"""The `steer` commands that look things up or administer the server."""
+"""The `steer` commands that look things up or administer the server, and the way to the experiments."""
 
 import argparse
 from contextlib import aclosing
 
+from steer_client import experiments
 from steer_client.client import SteerClient
 from steer_client.show import Json, Plain
 
 
 async def run(options: argparse.Namespace, client: SteerClient, out: Json | Plain) -> None:
     """Executes the command; CallFailed if the server does not."""
-    if options.command in _LOOKUPS:
-        await _LOOKUPS[options.command](options, client, out)
+    if options.command in _COMMANDS:
+        await _COMMANDS[options.command](options, client, out)
     else:
         await _administer(options, client, out)
 
@@ -77,9 +78,12 @@ async def _administer(options: argparse.Namespace, client: SteerClient, out: Jso
             out.found(await client.admin.drain())
 
 
-_LOOKUPS = {
+_COMMANDS = {
     "search": _search,
     "nearest": _nearest,
     "inspect": _inspect,
     "contrast": _contrast,
+    "compare": experiments.compare,
+    "score": experiments.score,
+    "patch": experiments.patch,
 }

@@ -9,7 +9,7 @@ Unit = Literal["activation", "max", "norm", "row"]
 Phase = Literal["prompt", "generated"]
 
 _PHASES = {"prompt": edits_pb2.PHASE_PROMPT, "generated": edits_pb2.PHASE_GENERATED}
-_UNITS = {
+UNITS = {
     "activation": edits_pb2.UNIT_ACTIVATION,
     "max": edits_pb2.UNIT_MAX_ACTIVATION_MULTIPLE,
     "norm": edits_pb2.UNIT_RELATIVE_NORM,
@@ -76,7 +76,7 @@ def clamp(
 ) -> edits_pb2.Edit:
     """The activation becomes `value`; unit "max" counts the largest one of its training text."""
     edit = _edit(feature, where)
-    edit.clamp.CopyFrom(edits_pb2.Clamp(value=value, unit=_UNITS[unit]))
+    edit.clamp.CopyFrom(edits_pb2.Clamp(value=value, unit=UNITS[unit]))
     return edit
 
 
@@ -85,7 +85,7 @@ def add(
 ) -> edits_pb2.Edit:
     """`value` is added to the activation; unit "norm" counts lengths of x, "row" decoder rows."""
     edit = _edit(feature, where)
-    edit.add.CopyFrom(edits_pb2.Add(value=value, unit=_UNITS[unit]))
+    edit.add.CopyFrom(edits_pb2.Add(value=value, unit=UNITS[unit]))
     return edit
 
 
@@ -105,7 +105,7 @@ def limit(
 ) -> edits_pb2.Edit:
     """The activation is brought into [low, high]; None: no such end."""
     edit = _edit(feature, where)
-    edit.limit.CopyFrom(edits_pb2.Limit(low=low, high=high, unit=_UNITS[unit]))
+    edit.limit.CopyFrom(edits_pb2.Limit(low=low, high=high, unit=UNITS[unit]))
     return edit
 
 
@@ -117,7 +117,7 @@ def patch(
 ) -> edits_pb2.Edit:
     """At each position of `values` the activation becomes the value there."""
     edit = _edit(feature, where)
-    recorded = edits_pb2.Patch(positions=values, values=values.values(), unit=_UNITS[unit])
+    recorded = edits_pb2.Patch(positions=values, values=values.values(), unit=UNITS[unit])
     edit.patch.CopyFrom(recorded)
     return edit
 

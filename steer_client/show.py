@@ -1,8 +1,9 @@
 """What the `steer` command prints."""
 
 import json
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -10,10 +11,12 @@ from steer.v1 import (
     activations_pb2,
     admin_pb2,
     dictionaries_pb2,
+    edits_pb2,
     info_pb2,
     steering_pb2,
 )
 
+from steer_client import tables
 from steer_client.client import GenerationEvent
 from steer_client.rows import rows
 
@@ -37,6 +40,27 @@ class Json:
 
     def event(self, event: GenerationEvent) -> None:
         self._print(type(event).__name__.lower(), event)
+
+    async def compared(
+        self, _: Sequence[str], responses: AsyncIterator[steering_pb2.CompareResponse]
+    ) -> None:
+        async for response in responses:
+            self._print("", response)
+
+    def scored(
+        self,
+        plain: steering_pb2.ScoreResponse,
+        edited: steering_pb2.ScoreResponse | None,
+        _: bool,
+    ) -> None:
+        self._print("plain", plain)
+        if edited:
+            self._print("edited", edited)
+
+    def patched(
+        self, _: Sequence[str], __: Sequence[str], found: steering_pb2.PatchResponse
+    ) -> None:
+        self._print("", found)
 
     def _print(self, name: str, message: Message) -> None:
         content = MessageToDict(
@@ -182,15 +206,59 @@ class Plain:
             f"{usage.generated_tokens} generated",
             file=sys.stderr,
         )
-        for report in event.edit_reports:
+        self._reports(event.edit_reports)
+
+    def _reports(self, reports: Iterable[edits_pb2.EditReport], before: str = "") -> None:
+        for report in reports:
             print(
-                f"{self._edits[report.edit]} changed {report.tokens_changed} of "
+                f"{before}{self._edits[report.edit]} changed {report.tokens_changed} of "
                 f"{report.tokens_in_scope} tokens, by {report.mean_relative_size:.3g} |x| on average, "
                 f"{report.max_relative_size:.3g} at most",
                 file=sys.stderr,
             )
 
+    async def compared(
+        self, labels: Sequence[str], responses: AsyncIterator[steering_pb2.CompareResponse]
+    ) -> None:
+        """Generations side by side; `labels` say what each arm edits."""
+        arms = [tables.Arm(label) for label in labels]
+        async for response in responses:
+            arms[response.arm].take(response)
+        _lines(tables.arms(arms, shutil.get_terminal_size().columns))
+        for number, arm in enumerate(arms):
+            self._edits = arm.edits
+            self._reports(arm.finished.edit_reports, f"{number}: ")
+
+    def scored(
+        self,
+        plain: steering_pb2.ScoreResponse,
+        edited: steering_pb2.ScoreResponse | None,
+        tokens: bool,
+    ) -> None:
+        """How likely texts are; with `tokens` each of their tokens, too."""
+        _lines(tables.scores(plain, edited, tokens))
+        if edited:
+            self._edits = [f"{edit.dictionary}:{edit.feature}" for edit in edited.edits]
+            for entry in edited.continuations:
+                self._reports(entry.edit_reports, f"{''.join(entry.tokens.pieces)!r}: ")
+
+    def patched(
+        self, labels: Sequence[str], tokens: Sequence[str], found: steering_pb2.PatchResponse
+    ) -> None:
+        """What each set of features carries over."""
+        _lines(tables.patches(labels, tokens, found))
+        strongest = ", ".join(map(str, found.differing_features[:20]))
+        print(
+            f"{len(found.differing_features)} features differ, by size: {strongest or 'none'}",
+            file=sys.stderr,
+        )
+
     def _rows(self, activations: activations_pb2.SparseActivations, file=None) -> None:
         for row in rows(activations):
             shown = "  ".join(f"{feature}={value:.4g}" for feature, value in row.features)
             print(f"{row.position:5d}  {self._pieces[row.position]!r:16}  {shown}", file=file)
+
+
+def _lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)

@@ -109,10 +109,13 @@ def wire(
 def check_revisions(
     programs: Sequence[Program], dictionaries: Dictionaries, sites: list[Site], slots: int
 ) -> None:
-    """Overloaded if the programs of one generation could never have their slots all at once.
+    """Overloaded if one generation has more programs than it may, or they could never have their slots all at once.
 
     A generation keeps those of its earlier programs, which a preemption replays, so it would wait for itself.
     """
+    # The first one is no update.
+    if len(programs) > MAX_UPDATES + 1:
+        raise Overloaded(f"a generation takes at most {MAX_UPDATES} updates; go on in a new one")
     for site, needed in _slots_needed(programs, dictionaries, sites).items():
         if needed > slots:
             raise Overloaded(

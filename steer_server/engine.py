@@ -4,20 +4,14 @@ import asyncio
 import math
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Self
 
-import numpy as np
-from jinja2 import TemplateError
-from numpy.typing import NDArray
-from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -39,8 +33,6 @@ from steer_server.errors import (
 )
 from steer_server.generation import (
     EditReport,
-    Finish,
-    FinishReason,
     Generation,
     Sampling,
     SlotLoad,
@@ -48,10 +40,10 @@ from steer_server.generation import (
     Tokenizer,
 )
 from steer_server.program import FeatureEdit, Program, ReadOut, Scope
-from steer_server.vllm_plugin import KEY, WORKERS
+from steer_server.tokenizer import ModelTokenizer
+from steer_server.vllm_plugin import KEY, WORKERS, exchange
 from steer_server.vllm_plugin.account import Account
-from steer_server.vllm_plugin.frontend import DISTRIBUTION, FORCED, LIVE, Frontend, attach
-from steer_server.vllm_plugin.report import StepResult
+from steer_server.vllm_plugin.frontend import Frontend, attach
 from steer_server.vllm_plugin.sentinel import sentinel
 
 _SENTINEL = 50.0
@@ -92,7 +84,7 @@ class VllmEngine:
         config = llm.model_config
         self.model_id = str(config.model)
         self.max_model_len = int(config.max_model_len)
-        self.tokenizer: Tokenizer = _Tokenizer(llm.get_tokenizer(), config.get_vocab_size())
+        self.tokenizer: Tokenizer = ModelTokenizer(llm.get_tokenizer(), config.get_vocab_size())
         self._llm = llm
         self._stopped = False
         self._settings = settings
@@ -213,13 +205,13 @@ class VllmEngine:
             prompt = TokensPrompt(prompt_token_ids=list(generation.prompt_token_ids))
             stream = self._llm.generate(
                 prompt,
-                _parameters(generation),
+                exchange.parameters(generation),
                 name,
                 trace_headers=generation.trace_headers or None,
             )
             async with aclosing(stream) as outputs:
                 async for output in outputs:
-                    step = _step(output, index, generation.forced, self._accounts.get(name))
+                    step = exchange.step(output, index, generation.forced, self._accounts.get(name))
                     index += len(step.token_ids)
                     yield step
         except EngineDeadError as error:
@@ -307,40 +299,6 @@ class VllmEngine:
         raise EngineUnavailable("self-test: the engine returned nothing")
 
 
-class _Tokenizer:
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self._tokenizer = tokenizer
-        self._piece = lru_cache(maxsize=65536)(lambda token: tokenizer.decode([token]))
-
-    @property
-    def chats(self) -> bool:
-        return bool(self._tokenizer.chat_template)
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=special)
-
-    def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=not continue_last,
-                continue_final_message=continue_last,
-            )
-        # A template may raise what it likes of what it is given.
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise InvalidRequest(f"the model's chat template refuses it: {error}") from error
-        # The template has put in the special tokens.
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-
-    def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        return [self._piece(token) for token in token_ids]
-
-
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     worker = WORKERS.get(current_platform.device_type)
     if worker is None:
@@ -380,82 +338,3 @@ def _set_environment(settings: EngineSettings) -> None:
     ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size
     shares = [",".join(map(str, cores[rank::ranks])) for rank in range(ranks)]
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(shares))
-
-
-def _parameters(generation: Generation) -> SamplingParams:
-    sampling, program = generation.sampling, generation.program
-    extra: dict[str, Any] | None = None
-    if program != Program() or generation.live or sampling.distribution:
-        extra = {
-            KEY: program,
-            LIVE: generation.live,
-            FORCED: generation.forced,
-            DISTRIBUTION: sampling.distribution,
-        }
-    logprobs = -1 if sampling.distribution else 0 if sampling.logprobs else None
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seed=sampling.seed,
-        stop=list(sampling.stop),
-        ignore_eos=sampling.ignore_eos,
-        logprobs=logprobs,
-        prompt_logprobs=0 if sampling.prompt_logprobs else None,
-        extra_args=extra,
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def _step(output: Any, index: int, forced: int, account: Account | None) -> StepOutput:
-    completion = output.outputs[0]
-    token_ids = tuple(completion.token_ids)
-    results = account.take() if account else []
-    logprobs = completion.logprobs or ()
-    finish = None
-    if output.finished:
-        reason = FinishReason(completion.finish_reason)
-        reports = account.close() if account and reason is not FinishReason.ABORT else ()
-        prompt_tokens = len(output.prompt_token_ids) - forced
-        generated = index + len(token_ids)
-        cached = output.num_cached_tokens or 0
-        limited = account.limited_tokens if account else 0
-        finish = Finish(reason, prompt_tokens, generated, cached, reports, limited)
-    return StepOutput(
-        index,
-        token_ids,
-        completion.text,
-        tuple(entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=False)),
-        _prompt_logprobs(output),
-        _distribution(account),
-        tuple(rows for result in results for rows in result.rows),
-        account.applied(results) if account else (),
-        output.num_cached_tokens or 0,
-        _seconds(results),
-        finish,
-    )
-
-
-def _prompt_logprobs(output: Any) -> tuple[float, ...]:
-    pairs = zip(output.prompt_logprobs or (), output.prompt_token_ids, strict=False)
-    return tuple(entry[token].logprob for entry, token in pairs if entry)
-
-
-def _distribution(account: Account | None) -> NDArray[np.float32] | None:
-    if account is None or account.distribution is None:
-        return None
-    lists, account.distribution = account.distribution, None
-    # The drawn token comes first, and once more in its place among all.
-    ids, logprobs = lists.logprob_token_ids[0], lists.logprobs[0]
-    found = np.full(len(ids) - 1, -np.inf, np.float32)
-    found[ids] = logprobs
-    return found
-
-
-def _seconds(results: Sequence[StepResult]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for result in results:
-        for name, seconds in result.encode_seconds.items():
-            total[name] = total.get(name, 0.0) + seconds
-    return total

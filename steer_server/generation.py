@@ -50,7 +50,7 @@ class Generation:
 
 @dataclass(frozen=True, eq=False)
 class ActivationRows:
-    """Sparse activations of one read-out; row i is `positions[i]`.
+    """Sparse activations of one read-out; row i is `positions[i]`, which ascend.
 
     Its features are `features[row_splits[i] : row_splits[i + 1]]`, strongest first for `top_k`, in the order asked
     for otherwise; `values` aligns with `features`. Only non-zero activations are listed.

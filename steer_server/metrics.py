@@ -58,7 +58,7 @@ class BulkHistogram(Collector):
     def observe(self, labels: tuple[str, ...], values: NDArray) -> None:
         bounds, counts, total = self._series[labels]
         with self._lock:
-            np.add.at(counts, np.searchsorted(bounds, values, "left"), 1)
+            counts += np.bincount(bounds.searchsorted(values), minlength=len(counts))
             total[0] += float(values.sum(dtype=np.float64))
 
     def describe(self) -> Iterable[Metric]:

@@ -89,29 +89,42 @@ def batches(
     found: list[list[activations_pb2.SparseActivations]] = []
     room = 0
     for rows in activations:
-        first = 0
-        while first < len(rows.positions):
+        first, count = 0, len(rows.positions)
+        while first < count:
             if room <= 0:
                 found.append([])
                 room = _ENTRIES_PER_MESSAGE
-            fits = int(rows.row_splits.searchsorted(rows.row_splits[first] + room, "right")) - 1
-            last = min(max(fits, first + 1), first + room, len(rows.positions))
+            last = _last(rows, first, room)
             found[-1].append(_sparse(rows, first, last))
-            room -= last - first + int(rows.row_splits[last] - rows.row_splits[first])
+            room -= _entries(rows, first, last)
             first = last
     return found
 
 
+def _last(rows: ActivationRows, first: int, room: int) -> int:
+    """The end of the rows from `first` on that have room; of one at least."""
+    count = len(rows.positions)
+    if _entries(rows, first, count) <= room:
+        return count
+    fits = int(rows.row_splits.searchsorted(rows.row_splits[first] + room, "right")) - 1
+    return min(max(fits, first + 1), first + room, count)
+
+
+def _entries(rows: ActivationRows, first: int, last: int) -> int:
+    """Rows and activations."""
+    return last - first + int(rows.row_splits[last]) - int(rows.row_splits[first])
+
+
 def _sparse(rows: ActivationRows, first: int, last: int) -> activations_pb2.SparseActivations:
-    splits = rows.row_splits[first : last + 1]
-    entries = slice(int(splits[0]), int(splits[-1]))
+    splits = rows.row_splits[first : last + 1].tolist()
+    begin, end = splits[0], splits[-1]
     return activations_pb2.SparseActivations(
         read_out=rows.read_out,
         dictionary=rows.dictionary,
         position=rows.positions[first:last].tolist(),
-        row_splits=(splits - splits[0]).tolist(),
-        feature=rows.features[entries].tolist(),
-        value=rows.values[entries].tolist(),
+        row_splits=[split - begin for split in splits] if begin else splits,
+        feature=rows.features[begin:end].tolist(),
+        value=rows.values[begin:end].tolist(),
         active=[] if rows.active is None else rows.active[first:last].tolist(),
     )
 

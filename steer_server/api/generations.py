@@ -101,6 +101,7 @@ class Run:
         self._dictionaries = {name: self._registry.get(name) for name in program.dictionaries()}
         self._use = set(self._dictionaries)
         self._programs = {0: program}
+        self._generated_tokens = self._metrics.tokens.labels("generated", self.steered)
         self._asked = program
         """Of the last update, whose revision is known only when the engine answers."""
         self._generation = Generation(
@@ -178,6 +179,7 @@ class Run:
         with _running():
             revision = await self._engine.update(self.request_id, program, at_index)
         self._programs[revision] = program
+        self._generated_tokens = self._metrics.tokens.labels("generated", self.steered)
         return revision
 
     async def pause(self) -> None:
@@ -198,6 +200,8 @@ class Run:
 
     def _without_hidden(self, output: StepOutput) -> StepOutput:
         hidden = len(self._hidden)
+        if not (hidden and output.activations):
+            return output
         shown = (rows for rows in output.activations if rows.read_out >= hidden)
         rows = tuple(replace(rows, read_out=rows.read_out - hidden) for rows in shown)
         return replace(output, activations=rows)
@@ -219,22 +223,27 @@ class Run:
         )
 
     def _observe(self, output: StepOutput) -> None:
-        metrics, steered = self._metrics, self.steered
+        metrics = self._metrics
         if output.token_ids and not self.generated:
-            metrics.tokens.labels("prompt", steered).inc(self.prompt_length)
+            metrics.tokens.labels("prompt", self.steered).inc(self.prompt_length)
             calls.count_tokens(self.prompt_length)
             waited = time.perf_counter() - self._began
-            metrics.first_token_seconds.labels(steered).observe(waited)
-        metrics.tokens.labels("generated", steered).inc(len(output.token_ids))
+            metrics.first_token_seconds.labels(self.steered).observe(waited)
+        self._generated_tokens.inc(len(output.token_ids))
         calls.count_tokens(len(output.token_ids))
         self.cached_tokens = output.cached_tokens
-        last = output.first_index + len(output.token_ids) - 1
-        begun = (entry.revision for entry in output.applied if entry.first_index <= last)
-        self.revision = max(self.revision, *begun, 0)
-        sources = _l0_sources(self._of(self.revision).read_outs)
+        if output.applied:
+            last = output.first_index + len(output.token_ids) - 1
+            begun = (entry.revision for entry in output.applied if entry.first_index <= last)
+            self.revision = max(self.revision, *begun, 0)
         for name, seconds in output.encode_seconds.items():
             metrics.encode_seconds.labels(name).observe(seconds)
-        for rows in output.activations:
+        if output.activations:
+            self._observe_rows(output.activations)
+
+    def _observe_rows(self, activations: Sequence[ActivationRows]) -> None:
+        sources = _l0_sources(self._of(self.revision).read_outs)
+        for rows in activations:
             if rows.read_out < self._watched:
                 self._watch.observe(rows)
             self._observe_active(rows, sources)
@@ -243,10 +252,11 @@ class Run:
         """Counts a row once, however many read-outs of its dictionary it is in."""
         if rows.active is None:
             return
-        in_prompt = rows.positions < self.prompt_length
-        for phase, where in (("prompt", in_prompt), ("generated", ~in_prompt)):
-            if sources.get((rows.dictionary, phase)) == rows.read_out:
-                self._metrics.active_features.observe((rows.dictionary,), rows.active[where])
+        # Positions ascend.
+        end = int(rows.positions.searchsorted(self.prompt_length))
+        for phase, active in (("prompt", rows.active[:end]), ("generated", rows.active[end:])):
+            if len(active) and sources.get((rows.dictionary, phase)) == rows.read_out:
+                self._metrics.active_features.observe((rows.dictionary,), active)
 
     def _observe_reports(self, finish: Finish) -> None:
         for report in finish.reports:

@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from steer_server.api import auth
 from steer_server.api.auth import ANYONE, Metadata, Principal, TokenFile
 from steer_server.api.calls import Call, Gate, enter
 from steer_server.api.errors import internal, reason_of, status_of
+from steer_server.api.patience import Patience
 from steer_server.api.quotas import Quotas
 from steer_server.errors import (
     DeadlineTooShort,
@@ -138,24 +139,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._call(method, kind, context) as record,
                 aclosing(behaviour(request, context)) as stream,
             ):
-                async for response in stream:
-                    await self._write(context, response)
-                    record.messages += 1
+                with closing(Patience(self._policy.slow_reader_seconds)) as patience:
+                    async for response in stream:
+                        await self._write(context, response, patience)
+                        record.messages += 1
 
         return call
 
-    async def _write(self, context: grpc.aio.ServicerContext, response: Any) -> None:
+    async def _write(
+        self, context: grpc.aio.ServicerContext, response: Any, patience: Patience
+    ) -> None:
         """Returns when HTTP/2 has room for the message; SlowReader if the client makes none."""
-        limit = self._policy.slow_reader_seconds
         began = time.perf_counter()
         try:
-            async with asyncio.timeout(limit):
+            with patience:
                 await context.write(response)
         except TimeoutError:
             self._metrics.slow_reader_aborts.inc()
             raise SlowReader(
-                f"a message has waited {limit:g} s for the client to take it; read faster, or ask "
-                "for less"
+                f"a message has waited {patience.seconds:g} s for the client to take it; read faster, "
+                "or ask for less"
             ) from None
         finally:
             self._metrics.write_wait_seconds.observe(time.perf_counter() - began)

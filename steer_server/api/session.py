@@ -14,7 +14,7 @@ from steer_server.api.errors import reason_of, status_of
 from steer_server.api.generations import Generations, Run
 from steer_server.api.read_outs import read_read_outs, write_read_outs
 from steer_server.api.sessions import OpenSession
-from steer_server.api.streams import pull, stop
+from steer_server.api.streams import Bell, pull, stop
 from steer_server.api.wire import read_generation, read_program
 from steer_server.errors import (
     EngineUnavailable,
@@ -89,6 +89,7 @@ class Session:
         self._entry = entry
         self._limits = limits
         self._turn: _Turn | None = None
+        self._bell = Bell()
         self._draining = False
         """Whether the client knows that the server shuts down."""
 
@@ -99,12 +100,13 @@ class Session:
 
         Closing it aborts the turn. Nothing is pulled from the engine while the client does not read.
         """
-        command: asyncio.Task[steering_pb2.SessionRequest | None] | None = pull(commands)
-        draining = asyncio.ensure_future(self._gate.draining.wait())
-        closed = asyncio.ensure_future(self._entry.closed.wait())
+        bell = self._bell
+        command: asyncio.Task[steering_pb2.SessionRequest | None] | None = bell.hang(pull(commands))
+        draining = bell.hang(asyncio.ensure_future(self._gate.draining.wait()))
+        closed = bell.hang(asyncio.ensure_future(self._entry.closed.wait()))
         try:
             while command or self._turn:
-                await self._something(command, closed, None if self._draining else draining)
+                await bell.rung(self._due())
                 # Outputs first: a turn that has ended cannot be updated any more.
                 if self._turn and self._turn.next_output.done():
                     self._entry.touch()
@@ -113,12 +115,13 @@ class Session:
                 if command and command.done():
                     self._entry.touch()
                     message = command.result()
-                    command = pull(commands) if message else None
+                    command = bell.hang(pull(commands)) if message else None
                     for response in await self._on_command(message) if message else ():
                         yield response
                 for response in [*self._on_end(), *await self._on_time()]:
                     yield response
         finally:
+            bell.close()
             waiting = [draining, closed, *([command] if command else [])]
             if self._turn:
                 waiting.append(self._turn.next_output)
@@ -127,17 +130,13 @@ class Session:
             if self._turn:
                 await self._close(self._turn)
 
-    async def _something(self, *tasks: asyncio.Task | None) -> None:
-        """Waits for a command, an output, the server's end, or for time to pass."""
-        waiting = {task for task in tasks if task}
+    def _due(self) -> float:
+        """When there is something to do even if neither a command nor an output comes."""
         due = self._entry.touched + self._limits.idle_seconds
         due = min(due, self._entry.opened + self._limits.max_seconds)
-        if self._turn:
-            waiting.add(self._turn.next_output)
-            if self._turn.held:
-                due = min(due, self._turn.next_update)
-        timeout = max(0.0, due - time.monotonic())
-        await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if self._turn and self._turn.held:
+            due = min(due, self._turn.next_update)
+        return due
 
     def _on_end(self) -> list[_Response]:
         """Sees to it that the session ends when the server, or its operator, wants it to."""
@@ -201,7 +200,7 @@ class Session:
         run = self._generations.begin("Session", name, request, live=True)
         outputs = run.outputs()
         max_tokens, read_outs = request.sampling.max_tokens, request.program.read_outs
-        self._turn = _Turn(run, max_tokens, outputs, pull(outputs), read_outs)
+        self._turn = _Turn(run, max_tokens, outputs, self._bell.hang(pull(outputs)), read_outs)
         return _Response(turn_started=events.started(name, request, served.engine.tokenizer))
 
     async def _update(self, message: steering_pb2.UpdateEdits) -> list[_Response]:
@@ -287,7 +286,7 @@ class Session:
         revision = turn.run.revision
         responses += [_Response(tokens=tokens) for tokens in events.tokens(output, revision)]
         if output.finish is None:
-            turn.next_output = pull(turn.outputs)
+            turn.next_output = self._bell.hang(pull(turn.outputs))
             return responses
         await self._close(turn)
         return responses + self._finish(turn, output.finish)

@@ -13,17 +13,10 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from steer_server.admission import (
-    MAX_UPDATES,
-    check,
-    check_revisions,
-    check_scopes,
-    parse,
-    wire,
-)
+from steer_server.admission import check, check_revisions, check_scopes, parse, wire
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
-from steer_server.errors import InvalidRequest, Overloaded
+from steer_server.errors import InvalidRequest
 from steer_server.generation import SlotLoad
 from steer_server.program import Program
 from steer_server.vllm_plugin import KEY
@@ -116,10 +109,6 @@ class Frontend:
                 f"{at_index} is no index of a generated token; they count from 0", field="at_index"
             )
         vllm_id, account = self._live(name, "its edits cannot change")
-        if len(account.programs) > MAX_UPDATES:
-            raise Overloaded(
-                f"a generation takes at most {MAX_UPDATES} updates; go on in a new one"
-            )
         check(program, self.dictionaries)
         program = program.resolve(account.prompt_length)
         content = wire(program, self.dictionaries, self.sites, self.slots)

@@ -25,6 +25,7 @@ from tests.conformance.scenes import (
     no_memory,
     no_root,
     no_template,
+    one_update_too_many,
     page_of_another_search,
     second_turn,
     too_many_calls,
@@ -67,12 +68,12 @@ _SCENES: list[tuple[str, str, str, str, Ask]] = [
     ),
     ("SessionRequest.start_turn", STATE, "Session", "start_turn", second_turn),
     ("UpdateRejected", STATE, "Update", "update", update_without_turn),
+    ("UpdateEdits", FULL, "Update", "", one_update_too_many),
 ]
 """What takes more than one request."""
 
 ENGINE_ONLY: dict[Bound, str] = {
     ("Edit", INVALID): "only the model's own x shows how far edits move it",
-    ("UpdateEdits", FULL): "the engine counts the updates that took effect",
 }
 """What the fake engine cannot be brought to, and why."""
 

@@ -1,12 +1,17 @@
 """Refusals that take more than one request, or a server of their own."""
 
+import asyncio
+import math
+
 import grpc
 import pytest
 from steer.v1 import dictionaries_pb2, steering_pb2
 
-from steer_client import CallFailed, rejection
+from steer_client import CallFailed, clamp, rejection
 from steer_server import memory
-from tests.conformance.requests import GOOD, held, refused
+from steer_server.admission import MAX_UPDATES
+from steer_server.api.session import SessionLimits
+from tests.conformance.requests import GOOD, PATIENCE, held, refused
 from tests.unit.serving import NAME, Serving, serving
 
 
@@ -49,6 +54,19 @@ async def update_without_turn(service: Serving) -> CallFailed:
     response = await session.read()
     await session.done_writing()
     return rejection(response.update_rejected)
+
+
+async def one_update_too_many(_: Serving) -> CallFailed:
+    """Each of the others is the engine's: the server waits for no time to pass between two."""
+    limits = SessionLimits(updates_per_second=math.inf)
+    async with serving(limits=limits) as own, held(own) as session:
+        for number in range(1, MAX_UPDATES + 2):
+            update = {"update_id": number, "edits": [clamp((NAME, 2), number)]}
+            await session.write(steering_pb2.SessionRequest(update=update))
+        async with asyncio.timeout(PATIENCE):
+            rejected = (await session.read()).update_rejected
+        assert rejected.update_id == MAX_UPDATES + 1
+        return rejection(rejected)
 
 
 async def page_of_another_search(service: Serving) -> CallFailed:

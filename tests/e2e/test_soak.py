@@ -10,6 +10,7 @@ from statistics import median
 import psutil
 import pytest
 
+from steer_server.admission import MAX_UPDATES
 from steer_server.dictionary.edits import AddRelative
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.errors import InvalidRequest, Overloaded
@@ -274,3 +275,17 @@ async def test_an_update_that_would_wait_for_its_own_generation_is_refused(
         await tight.update("own", adds(8))
     steps = [step async for step in stream]
     assert [entry.revision for step in steps for entry in step.applied] == [1]
+
+
+async def test_a_generation_takes_so_many_updates_and_none_more(tight: VllmEngine) -> None:
+    sampling = Sampling(max_tokens=100, temperature=0.0, ignore_eos=True)
+    stream = tight.generate(Generation("many", (5, 6, 7), sampling, adds(1), live=True))
+    await anext(stream)
+
+    revisions = [await tight.update("many", adds(2)) for _ in range(MAX_UPDATES)]
+    with pytest.raises(Overloaded, match=f"at most {MAX_UPDATES} updates"):
+        await tight.update("many", adds(2))
+    steps = [step async for step in stream]
+
+    assert revisions == list(range(1, MAX_UPDATES + 1))
+    assert max(entry.revision for step in steps for entry in step.applied) == MAX_UPDATES

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer_server.admission import check_revisions
 from steer_server.dictionary.edits import edit_delta
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import EditTooLarge, InvalidRequest
@@ -119,6 +120,9 @@ class FakeEngine:
         state = self._live(request_id)
         if at_index is not None and at_index < 0:
             raise InvalidRequest(f"{at_index} is no index of a token", field="at_index")
+        sites = list({stored.card.site for stored in self._dictionaries.values()})
+        programs = [*state.programs, program]
+        check_revisions(programs, self._dictionaries, sites, self.slot_load.capacity)
         state.programs.append(program)
         state.at.append(at_index or 0)
         revision = len(state.programs) - 1
