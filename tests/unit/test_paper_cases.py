@@ -17,7 +17,7 @@ from trainer.model import load_model, read_sites, site_hook
 from trainer.paper.cases.activity import survey
 from trainer.paper.cases.causes import Feature, causes, spread, strongest
 from trainer.paper.cases.effects import LIKELY, Effect, as_json, effect, target
-from trainer.paper.cases.onward import Onward, depth, read_until
+from trainer.paper.rest import Rest, depth, read_until
 from trainer.run import run
 from trainer.stop import Stop
 from trainer.structure import decoder_layers
@@ -100,7 +100,7 @@ def test_nothing_after_the_last_sites_layer_runs(world: World) -> None:
 def test_a_later_site_is_as_in_a_whole_run(world: World, site: str, later: str) -> None:
     tokens, lengths = contexts(3, 9), torch.tensor([9, 5, 7])
     start, end = Site.parse(site), Site.parse(later)
-    rest = Onward(world.model, start, tokens, lengths)
+    rest = Rest(world.model, start, tokens, lengths)
     x = rest.x + torch.randn(rest.x.shape, generator=torch.Generator().manual_seed(1))
     order = torch.tensor([2, 0, 1])
     expected: list[Tensor] = []

@@ -11,8 +11,8 @@ from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.files import StoredDictionary
 from trainer.harvest import kept
 from trainer.model import device
-from trainer.paper.cases.onward import read_until
 from trainer.paper.lab import training
+from trainer.paper.rest import read_until
 from trainer.stop import Stop
 
 _TOKENS = 1024

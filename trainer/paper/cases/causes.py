@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from steer_server.dictionary.files import StoredDictionary
 from trainer.model import device
 from trainer.paper.cases.activity import keep
-from trainer.paper.cases.onward import Onward
+from trainer.paper.rest import Rest
 
 _ROWS = 2048
 """Tokens that run at once."""
@@ -61,7 +61,7 @@ def _in_one(
     among: Sequence[int] | None,
 ) -> tuple[float, Tensor, Tensor]:
     """The feature's activation, the features that are active and how much it falls without each."""
-    rest = Onward(model, source.card.site, tokens[None], torch.tensor([len(tokens)]))
+    rest = Rest(model, source.card.site, tokens[None], torch.tensor([len(tokens)]))
     dictionary = source.dictionary.to(device())
     f = dictionary.encode(rest.x[0]) * keep(source, rest.x)[0, :, None]
     # From a sublayer to what comes after it in its layer, no position sees another.
@@ -82,7 +82,7 @@ def _in_one(
     return level, features.cpu(), torch.cat(falls)
 
 
-def _activations(rest: Onward, of: Feature, x: Tensor) -> Tensor:
+def _activations(rest: Rest, of: Feature, x: Tensor) -> Tensor:
     """The feature's at the last position, for each row of x."""
     rows = torch.zeros(len(x), dtype=torch.int64)
     later = rest.at(of.stored.card.site, x, rows)[:, -1]

@@ -10,7 +10,7 @@ from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.files import StoredDictionary
 from trainer.model import device
 from trainer.paper.cases.activity import keep
-from trainer.paper.cases.onward import Onward
+from trainer.paper.rest import Rest
 
 LIKELY = 1e-3
 """Mean probability without an edit of tokens whose log-probabilities are looked at: those of tokens that never come are noise."""
@@ -57,7 +57,7 @@ def _part(
 ) -> tuple[Tensor, ...]:
     lengths = torch.tensor([len(tokens) for tokens in sequences])
     padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
-    rest = Onward(model, stored.card.site, padded, lengths)
+    rest = Rest(model, stored.card.site, padded, lengths)
     dictionary = stored.dictionary.to(device())
     f = dictionary.encode(rest.x) * keep(stored, rest.x)[..., None]
     rows = torch.arange(len(sequences))

@@ -23,8 +23,8 @@ from trainer.paper.cases.activates import (
 from trainer.paper.cases.activity import Activity, survey
 from trainer.paper.cases.causes import Feature, causes, spread, strongest
 from trainer.paper.cases.effects import as_json, effect, target
-from trainer.paper.cases.onward import depth, read_until
 from trainer.paper.lab import Lab
+from trainer.paper.rest import depth, read_until
 
 MONOSEMANTIC = 0.5
 """Share of a feature's strong activations that must be on one kind of token."""
