@@ -16,6 +16,7 @@ def curve(name: str, kls: list[float], sizes: list[int], **more):
         "site": "resid_post.1",
         "features": 100,
         "differing": sizes[-1],
+        "alpha": 0.0,
         "sizes": sizes,
         "prompts": effects,
         "heldout": effects,
@@ -71,8 +72,9 @@ def test_the_verdict_follows_from_what_was_won():
 
 def test_a_section_says_which_claims_hold():
     alphas = [
-        curve("a/resid-alpha0.001", [4.0, 0.2], [0, 3]),
-        curve("a/resid-alpha0.01", [4.0, 0.3], [0, 3]),
+        curve("a/sparse", [4.0, 0.3], [0, 3], alpha=0.01),
+        curve("a/dense", [4.0, 0.2], [0, 3], alpha=0.001),
+        curve("a/wide", [4.0, 0.1], [0, 3], alpha=0.1, features=200),
     ]
     search = {
         "name": "ours",

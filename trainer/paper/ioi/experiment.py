@@ -18,7 +18,7 @@ from trainer.paper.ioi.prompts import Prompt, draw, names
 from trainer.paper.ioi.search import Search
 from trainer.paper.ioi.section import section
 from trainer.paper.ioi.served import served_effects
-from trainer.paper.lab import Lab
+from trainer.paper.lab import Lab, training
 from trainer.paper.page import Section
 
 _KEPT = "what was measured is kept"
@@ -29,6 +29,8 @@ class _Subject(NamedTuple):
 
     name: str
     site: Site
+    alpha: float
+    """Weight of the sparsity term it was trained with; 0 if it was not."""
     sha256: str
     """Of the dictionary it is, or is made of; empty for directions made of the prompts."""
     make: Callable[[Bench], Dictionary]
@@ -57,7 +59,8 @@ def _curves(lab: Lab) -> list[dict[str, Any]]:
 
         name = f"curve-{subject.name.replace('/', '-')}"
         found.append(
-            {"name": subject.name, "site": str(subject.site)} | results.get(name, about, compute)
+            {"name": subject.name, "site": str(subject.site), "alpha": subject.alpha}
+            | results.get(name, about, compute)
         )
     return found
 
@@ -200,13 +203,14 @@ def _subjects(lab: Lab) -> Iterator[_Subject]:
     for folder in lab.config.ioi.dictionaries:
         stored = lab.dictionary(folder)
         site = stored.card.site
-        yield _Subject(_name(folder), site, stored.sha256, lambda _, d=stored.dictionary: d)
+        alpha = training(stored).alpha
+        yield _Subject(_name(folder), site, alpha, stored.sha256, lambda _, d=stored.dictionary: d)
         if stored.card.architecture == "pca" and not stored.dictionary.non_negative:
             made = signed(stored.dictionary)
-            yield _Subject(f"{_name(folder)}-signed", site, stored.sha256, lambda _, d=made: d)
+            yield _Subject(f"{_name(folder)}-signed", site, 0.0, stored.sha256, lambda _, d=made: d)
         sites.setdefault(site)
     for site in sites:
-        yield _Subject(f"diff_mean-{site}", site, "", diff_mean)
+        yield _Subject(f"diff_mean-{site}", site, 0.0, "", diff_mean)
 
 
 def _prompt_settings(lab: Lab) -> dict[str, Any]:

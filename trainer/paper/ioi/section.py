@@ -151,13 +151,13 @@ def _reach(curves: Sequence[Curve]) -> Finding:
                 f"{least:.3f}",
             ]
         )
-        if "alpha" in curve["name"]:
-            found.append((curve["site"], float(curve["name"].split("alpha")[1]), least))
+        if curve["alpha"]:
+            found.append((curve["site"], curve["features"], curve["alpha"], least))
     found.sort()
     pairs = [after[2] > before[2] for before, after in pairwise(found) if before[0] == after[0]]
     header = ["patched", "site", "features", "differ", "KL unpatched", "KL all patched", "least KL"]
     text = (
-        f"Of neighbouring L1 weights, the larger one has the higher least KL in {sum(pairs)} of {len(pairs)} pairs."
+        f"Of neighbouring L1 weights, of dictionaries of one size, the larger one has the higher least KL in {sum(pairs)} of {len(pairs)} pairs."
         if pairs
         else "No dictionaries of several L1 weights were patched."
     )
