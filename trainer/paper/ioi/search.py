@@ -46,12 +46,22 @@ class Search:
         """A point after each threshold; they must rise. `check` is called between runs, and may raise."""
         chosen = self._candidates
         effect = self._effects([chosen])[0]
+        self._foresee(chosen, effect, check)
         points = []
         for threshold in thresholds:
             order = self._random.sample(chosen, len(chosen))
             chosen, effect = self._sweep(chosen, effect, order, threshold, check)
             points.append(Point(threshold, chosen, effect))
         return points
+
+    def _foresee(self, chosen: tuple[int, ...], effect: Effect, check: Callable[[], None]) -> None:
+        """What dropping each feature alone does is the first guess of what it will do later."""
+        for start in range(0, len(chosen), self._batch):
+            check()
+            some = chosen[start : start + self._batch]
+            found = self._effects([_without(chosen, feature) for feature in some])
+            for feature, new in zip(some, found, strict=True):
+                self._rise[feature] = new.kl - effect.kl
 
     def _sweep(
         self,
@@ -83,8 +93,8 @@ class Search:
         """Each feature, what is left without it if all guesses before were right, and whether it will be dropped."""
         found = []
         for feature in features:
-            without = tuple(other for other in chosen if other != feature)
-            drop = self._rise.get(feature, 0.0) < threshold
+            without = _without(chosen, feature)
+            drop = self._rise[feature] < threshold
             found.append((feature, without, drop))
             if drop:
                 chosen = without
@@ -98,3 +108,7 @@ class Search:
             for chosen, effect in zip(fresh, self._evaluate(fresh), strict=True):
                 self._known[frozenset(chosen)] = effect
         return [self._known[frozenset(chosen)] for chosen in sets]
+
+
+def _without(chosen: tuple[int, ...], feature: int) -> tuple[int, ...]:
+    return tuple(other for other in chosen if other != feature)
