@@ -32,6 +32,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 def test_without_vllm_it_is_said_what_to_install(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What a test before this one has imported of it would still be found.
+    for name in [name for name in sys.modules if name.startswith("vllm.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.delitem(sys.modules, "steer_server.engine", raising=False)
 
