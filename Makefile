@@ -42,12 +42,17 @@ paper: model corpus ## the founding paper's experiments on the shipped dictionar
 serve: model ## the demo's server, until Ctrl-C
 	$(BIN)/steer-server --config examples/server.toml
 
-# Unit tests need one core, the engine leaves about as much.
+E2E := OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e -m "e2e and not prometheus and not gpu and not nightly"
+
+# To start an engine takes longer than to ask it, and no more than one core: two processes with an engine of one core each
+# are quicker than one with two. 6 GB each.
 test: model ## unit tests, and beside them end-to-end tests with the real model in real vLLM
 	mkdir -p build
-	@$(MAKE) --no-print-directory test-unit > build/unit-tests.log 2>&1 & unit=$$!; trap 'kill $$unit' INT TERM; \
-	$(BIN)/pytest -m "e2e and not prometheus and not gpu and not nightly"; e2e=$$?; \
-	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((e2e || unit))
+	@$(MAKE) --no-print-directory test-unit > build/unit-tests.log 2>&1 & unit=$$!; \
+	$(E2E) --lane 2/2 > build/e2e-tests.log 2>&1 & second=$$!; trap 'kill $$unit $$second' INT TERM; \
+	$(E2E) --lane 1/2; first=$$?; \
+	wait $$second; second=$$?; cat build/e2e-tests.log; \
+	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((first || second || unit))
 
 test-unit: model ## what needs no engine
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not e2e and not prometheus and not gpu and not nightly"

@@ -1,4 +1,4 @@
-"""One eager engine and one reference model for all end-to-end tests."""
+"""One eager engine and one reference model for all end-to-end tests, and what each of several processes runs of them."""
 
 import os
 from collections.abc import AsyncIterator
@@ -16,11 +16,42 @@ from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.vllm_plugin import KEY
 from tests.conftest import SITE
+from tests.e2e import lanes
 from tests.e2e.engines import started
 from tests.e2e.reference import Reference
 
+# Engines of several processes share the cores, and the kernel knows best which is free. It is a part of the compile
+# cache's key, too, so that it must be the same for our engine, which would set it, and for plain vLLM.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
 MODES = set(filter(None, os.environ.get("STEER_TEST_VLLM", "").split(",")))
 """Set by test_vllm_modes.py for the processes that it starts."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--lane",
+        type=lanes.parse,
+        metavar="I/N",
+        help="run the I-th of N parts of the end-to-end tests, which take about as long",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.lane is None:
+        return
+    index, count = config.option.lane
+    groups = {item: _group(item) for item in items}
+    mine = lanes.lanes(set(groups.values()), count)[index]
+    config.hook.pytest_deselected(items=[item for item in items if groups[item] not in mine])
+    items[:] = [item for item in items if groups[item] in mine]
+
+
+def _group(item: pytest.Item) -> str:
+    fixtures = getattr(item, "fixturenames", ())
+    shared = "engine" in fixtures and not hasattr(getattr(item, "module", None), "engine")
+    return lanes.SHARED if shared else item.path.stem
 
 
 def modes_of(engine: VllmEngine) -> set[str]:

@@ -2,13 +2,28 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
+from vllm import envs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.engine import EngineSettings, VllmEngine, _engine_args, _set_environment
 from steer_server.vllm_plugin import KEY
+
+
+def use_cache(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """From now on vLLM keeps what it compiles in `folder`.
+
+    What it knows of model classes stays: for each it would start a process, which takes ten seconds.
+    """
+    known = Path(envs.VLLM_CACHE_ROOT) / "modelinfos"
+    known.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
+    (folder / "modelinfos").symlink_to(known)
+    patch.setenv("VLLM_CACHE_ROOT", str(folder))
 
 
 @asynccontextmanager

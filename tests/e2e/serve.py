@@ -68,7 +68,7 @@ def serving(
     command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--max-num-seqs", "4", *options]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     start = time.monotonic()
     with log.open("w") as output:
         process = psutil.Popen(

@@ -4,7 +4,6 @@ One process loads the small models one after the other, without the rest of stee
 """
 
 import gc
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,17 +35,15 @@ D = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
 @pytest.fixture(scope="module", autouse=True)
 def vllm_in_this_process() -> Iterator[None]:
     """On one core, which is quickest for models this small; other tests find the process as it was."""
-    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(min(cores)))
         # vLLM looks at every class in a process of its own, for CUDA's sake; ten seconds each.
         patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda look: look())
         yield
     cleanup_dist_env_and_memory()
-    os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
 
 

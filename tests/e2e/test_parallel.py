@@ -65,12 +65,8 @@ async def engine(
         enforce_eager=True,
         kv_cache_gib=1,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        # One group of cores for each rank; vLLM's default asks for as many memory nodes as ranks.
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        async with started(settings, dictionaries, **PARALLEL[request.param]) as engine:
-            yield engine
+    async with started(settings, dictionaries, **PARALLEL[request.param]) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize("name", EDITS)

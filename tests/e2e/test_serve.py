@@ -215,7 +215,6 @@ def test_vllms_own_python_classes_take_programs_too_whatever_was_configured_befo
 ) -> None:
     monkeypatch.setenv("STEER_DICTIONARIES", f"random={random_dictionary.folder}")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     prompt = reference.tokenize(IOI)
     parameters = SamplingParams(
         max_tokens=16, temperature=0.0, ignore_eos=True, extra_args={"steer": {"edits": AS_JSON}}

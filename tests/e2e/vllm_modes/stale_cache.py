@@ -7,6 +7,7 @@ import pytest
 from steer_server.dictionary.site import Site
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.errors import EngineUnavailable
+from tests.e2e.engines import use_cache
 from tests.e2e.models import make_tiny_llama
 from tests.e2e.test_compiled import run_plain_vllm
 
@@ -18,10 +19,8 @@ async def test_a_model_compiled_without_the_op_is_never_served(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    use_cache(tmp_path / "cache", monkeypatch)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    # A part of the key; our engine would set it, and plain vLLM would not.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     tiny = make_tiny_llama(tmp_path / "tiny", model_path)
     await run_plain_vllm(tiny, [1, 2, 3])
     settings = EngineSettings(
