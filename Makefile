@@ -46,7 +46,7 @@ E2E := OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e -m "e2e and not prometheus and 
 
 # To start an engine takes longer than to ask it, and no more than one core: two processes with an engine of one core each
 # are quicker than one with two. 6 GB each.
-test: model ## unit tests, and beside them end-to-end tests with the real model in real vLLM
+test: model corpus ## unit tests, and beside them end-to-end tests with the real model in real vLLM
 	mkdir -p build
 	@$(MAKE) --no-print-directory test-unit > build/unit-tests.log 2>&1 & unit=$$!; \
 	$(E2E) --lane 2/2 > build/e2e-tests.log 2>&1 & second=$$!; trap 'kill $$unit $$second' INT TERM; \
