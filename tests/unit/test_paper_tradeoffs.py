@@ -198,7 +198,13 @@ def write_scores(folder: Path, name: str, scores: list[float | None], weights: s
     ]
     path = folder / "interpretability" / name
     path.parent.mkdir(parents=True)
-    result = {"dictionary": f"x/{path.parent.name}", "weights": weights, "features": rows}
+    kind = "pca" if "pca" in path.parent.name else "top_k"
+    result = {
+        "dictionary": f"x/{path.parent.name}",
+        "architecture": kind,
+        "weights": weights,
+        "features": rows,
+    }
     path.write_text(json.dumps({"settings": {}, "result": result}))
 
 
@@ -208,6 +214,7 @@ def test_interpretability_is_joined_if_it_was_measured(folder: Path, tmp_path: P
     rising = [0.1 * number for number in range(10)]
     write_scores(tmp_path, "a/one/rule.json", [*rising, None], "trained")
     write_scores(tmp_path, "control/rule.json", rising[::-1], "random")
+    write_scores(tmp_path, "a/pca/rule.json", [*rising[::-1], 1.0, 1.1], "trained")
 
     after = experiment(Lab(config, Stop()))
 
@@ -216,6 +223,7 @@ def test_interpretability_is_joined_if_it_was_measured(folder: Path, tmp_path: P
     assert "was not run" not in after.about
     finding = after.findings[-1]
     assert finding.verdict is YES
+    assert "for x/one by rule" in finding.because
     rows = {(row[0], row[2]): row[3:] for row in finding.tables[0].rows}
     assert rows["x/one", "mean"] == ["10", "+1.00", "0.000", "+1.00"]
     assert rows["x/control (untrained model)", "mean"][1] == "-1.00"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.compare import Table
+from trainer.config import BASELINES
 from trainer.errors import BadConfig
 from trainer.paper.page import Figure, Finding, plot
 from trainer.paper.results import Results
@@ -28,6 +29,8 @@ class Scored(NamedTuple):
     """Of `MOMENTS`, in the order of the scores."""
     trained: bool
     """Whether the model was."""
+    baseline: bool
+    """Whether these are directions that no training found."""
 
 
 def scored(results: Results) -> list[Scored]:
@@ -35,7 +38,7 @@ def scored(results: Results) -> list[Scored]:
 
     A file `<dictionary>/<explainer>.json` of its results, whose dictionary's name may have a slash, holds as `result`
 
-        {"dictionary": folder, "weights": "trained" or "random", ...,
+        {"dictionary": folder, "architecture": as in trainings, "weights": "trained" or "random", ...,
          "features": [{"feature": int, "scores": {"top_and_random": r or null, ...},
                        "moments": {"mean": ..., "variance": ..., "skewness": ..., "kurtosis": ..., ...}, ...}, ...]}
 
@@ -58,6 +61,7 @@ def _read(path: Path) -> Scored | None:
             [float(row["scores"][_SCORE]) for row in rows],
             {moment: [float(row["moments"][moment]) for row in rows] for moment in MOMENTS},
             content["weights"] == "trained",
+            content["architecture"] in BASELINES,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadConfig(
@@ -102,8 +106,8 @@ def correlations(found: Sequence[Scored]) -> Finding:
 
 
 def _main(found: Sequence[Scored]) -> Scored:
-    """Of a trained model, if there is one, the dictionary with most features scored."""
-    return max(found, key=lambda one: (one.trained, len(one.scores)))
+    """Of trained dictionaries of the trained model, if there is one, that with most features scored, by its first explainer."""
+    return max(found, key=lambda one: (one.trained, not one.baseline, len(one.scores)))
 
 
 def _scatter(one: Scored) -> Figure:
