@@ -103,3 +103,16 @@ def test_a_section_says_which_claims_hold():
     assert "10 times fewer" in by_title["The subset search"].because
     assert by_title["The same through the server"].verdict == Verdict.NOT_REPRODUCED
     assert all("<svg" in figure.svg for finding in found for figure in finding.figures)
+
+
+def test_a_larger_l1_weight_that_reaches_further_is_not_as_in_the_paper():
+    alphas = [
+        curve("a/sparse", [4.0, 0.1], [0, 3], alpha=0.01),
+        curve("a/dense", [4.0, 0.2], [0, 3], alpha=0.001),
+    ]
+
+    found = {finding.title: finding for finding in section(alphas, [], None).findings}
+
+    reach = found["Sparser dictionaries reach less far"]
+    assert reach.verdict == Verdict.NOT_REPRODUCED
+    assert "in 0 of 1 pairs" in reach.because

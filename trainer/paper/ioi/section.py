@@ -154,7 +154,7 @@ def _reach(curves: Sequence[Curve]) -> Finding:
         if curve["alpha"]:
             found.append((curve["site"], curve["features"], curve["alpha"], least))
     found.sort()
-    pairs = [after[2] > before[2] for before, after in pairwise(found) if before[0] == after[0]]
+    pairs = [after[3] > before[3] for before, after in pairwise(found) if before[:2] == after[:2]]
     header = ["patched", "site", "features", "differ", "KL unpatched", "KL all patched", "least KL"]
     text = (
         f"Of neighbouring L1 weights, of dictionaries of one size, the larger one has the higher least KL in {sum(pairs)} of {len(pairs)} pairs."
