@@ -9,7 +9,6 @@ SECONDS = {
     SHARED: 225,
     "test_vllm_modes": 210,
     "test_serve": 85,
-    "test_paper": 150,
     "test_compiled": 80,
     "test_parallel": 75,
     "test_lora": 35,
