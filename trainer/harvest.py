@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -201,6 +202,7 @@ def harvest(
                 unit=" tokens",
             ) as bar,
         ):
+            begun = time.monotonic()
             if ranks.first:
                 _find_max_norms(config, folder, read, sites, contexts)
             ranks.wait_for(
@@ -209,7 +211,8 @@ def harvest(
             for number, those in lacking.items():
                 if those:
                     _write_shards(config, folder, read, those, number, shards[number], bar, stop)
-            on_end(int(bar.n - bar.initial), bar.format_dict["elapsed"])
+            tokens_read = sum(shards[number].numel() for number, those in lacking.items() if those)
+            on_end(tokens_read, time.monotonic() - begun)
     written = (_shard(folder, site, number) for site in sites for number in range(len(shards)))
     ranks.wait_for(written, stop, "the harvest has every shard of this process")
     return {

@@ -370,6 +370,22 @@ def test_a_harvest_made_by_its_own_command_is_what_training_takes(
     assert len(list(Path(config.out).glob("*/dictionary.json"))) == 2
 
 
+def test_a_harvest_says_what_it_read_when_progress_bars_are_off(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    toml = write_toml(config, tmp_path / "c.toml")
+    command = [sys.executable, "-m", "trainer", "harvest", str(toml), "--runs", str(tmp_path)]
+
+    # tqdm reads this once, when it is imported.
+    done = subprocess.run(
+        command, env=os.environ | {"TQDM_DISABLE": "1"}, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert ": 4,096 tokens in " in done.stdout
+    assert "harvest resid_post.1" not in done.stderr
+
+
 def test_a_harvest_broken_off_by_a_signal_says_so_and_goes_on(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
