@@ -1,6 +1,8 @@
 """How good a dictionary is on held-out text."""
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +18,19 @@ from trainer.stop import Stop
 _CONTEXTS = 4
 
 
-class _Sums:
-    """Over all kept activations."""
+class _Activations:
+    """Moments of all kept ones."""
 
-    def __init__(self, n_features: int, d_model: int) -> None:
+    def __init__(self, d_model: int) -> None:
         self.tokens = 0
-        self.active = 0
-        self.error = 0.0
-        self.fired = torch.zeros(n_features, dtype=torch.int64, device=device())
         self.x = torch.zeros(d_model, dtype=torch.float64, device=device())
         self.xx = torch.zeros(d_model, d_model, dtype=torch.float64, device=device())
 
-    def add(self, dictionary: Dictionary, x: Tensor) -> Tensor:
-        """Counts `x`, tokens x d_model, and returns its reconstruction."""
-        f = dictionary.encode(x)
-        x_hat = dictionary.decode(f)
+    def add(self, x: Tensor) -> None:
+        """`x`: tokens x d_model."""
         self.tokens += len(x)
-        self.active += int(torch.count_nonzero(f))
-        self.error += (x - x_hat).double().square().sum().item()
-        self.fired += torch.count_nonzero(f, dim=0)
         self.x += x.double().sum(dim=0)
         self.xx += x.double().T @ x.double()
-        return x_hat
 
     def variances(self) -> Tensor:
         """Along the principal components, largest first."""
@@ -46,7 +39,27 @@ class _Sums:
         return torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0.0)
 
 
-@torch.inference_mode()
+class _Candidate:
+    """A dictionary, and what it does over all kept activations."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        self.dictionary = dictionary.to(device())
+        self.active = 0
+        self.error = 0.0
+        self.fired = torch.zeros(dictionary.n_features, dtype=torch.int64, device=device())
+        self.loss = 0.0
+        self.kl = 0.0
+
+    def reconstructed(self, x: Tensor) -> Tensor:
+        """Counts `x`, tokens x d_model."""
+        f = self.dictionary.encode(x)
+        x_hat = self.dictionary.decode(f)
+        self.active += int(torch.count_nonzero(f))
+        self.error += (x - x_hat).double().square().sum().item()
+        self.fired += torch.count_nonzero(f, dim=0)
+        return x_hat
+
+
 def evaluate(
     model: nn.Module,
     site: Site,
@@ -60,60 +73,93 @@ def evaluate(
 
     The PCA it is compared with is fitted to these very activations, which flatters PCA.
     """
-    sums = _Sums(dictionary.n_features, dictionary.d_model)
-    dictionary = dictionary.to(device())
-    loss = {"plain": 0.0, "spliced": 0.0, "zeroed": 0.0}
-    kl = 0.0
+    return evaluate_together(model, site, [dictionary], contexts, skip_positions, max_norm, stop)[0]
+
+
+@torch.inference_mode()
+def evaluate_together(
+    model: nn.Module,
+    site: Site,
+    dictionaries: Sequence[Dictionary],
+    contexts: Tensor,
+    skip_positions: int,
+    max_norm: float,
+    stop: Stop,
+) -> list[Quality]:
+    """`evaluate` of each: the model runs once for every one, and twice for all."""
+    candidates = [_Candidate(dictionary) for dictionary in dictionaries]
+    d_model = dictionaries[0].d_model
+    activations = _Activations(d_model)
+    plain_loss = zeroed_loss = 0.0
     targets = 0
     keep = torch.zeros(0)
 
     def see(x: Tensor) -> None:
         nonlocal keep
+        if x.shape[-1] != d_model:
+            raise BadConfig(
+                f"the dictionary is for x of width {d_model}, that at {site} has {x.shape[-1]}"
+            )
         keep = x.float().norm(dim=-1) <= max_norm
         keep[:, :skip_positions] = False
-        if x.shape[-1] != dictionary.d_model:
-            raise BadConfig(
-                f"the dictionary is for x of width {dictionary.d_model}, that at {site} has {x.shape[-1]}"
-            )
-
-    def splice(x: Tensor) -> Tensor:
-        spliced = x.clone()
-        spliced[keep] = sums.add(dictionary, x[keep].float()).to(x.dtype)
-        return spliced
+        activations.add(x[keep].float())
 
     def zero(x: Tensor) -> Tensor:
         return x.masked_fill(keep[:, :, None], 0.0)
 
+    def splice(x: Tensor, candidate: _Candidate) -> Tensor:
+        spliced = x.clone()
+        spliced[keep] = candidate.reconstructed(x[keep].float()).to(x.dtype)
+        return spliced
+
+    def logits(tokens: Tensor, change: Callable[[Tensor], Tensor | None]) -> Tensor:
+        with site_hook(model, site, change):
+            return model(input_ids=tokens, use_cache=False).logits
+
     with tqdm(desc="evaluate", total=contexts.numel(), unit=" tokens") as bar:
         for batch in contexts.long().split(_CONTEXTS):
             stop.check("the dictionary is trained, evaluation starts anew")
-            plain: list[Tensor] = []
-            for name, change in (("plain", see), ("spliced", splice), ("zeroed", zero)):
-                with site_hook(model, site, change):
-                    logits = model(input_ids=batch.to(device()), use_cache=False).logits
-                loss[name] += _loss(logits, batch.to(device()), keep)
-                if name == "plain":
-                    plain = _log_probabilities(logits, keep)
-                elif name == "spliced":
-                    kl += _kl(plain, _log_probabilities(logits, keep))
+            tokens = batch.to(device())
+            unchanged = logits(tokens, see)
+            plain_loss += _loss(unchanged, tokens, keep)
+            plain = _log_probabilities(unchanged, keep)
+            zeroed_loss += _loss(logits(tokens, zero), tokens, keep)
+            for candidate in candidates:
+                changed = logits(tokens, partial(splice, candidate=candidate))
+                candidate.loss += _loss(changed, tokens, keep)
+                candidate.kl += _kl(plain, _log_probabilities(changed, keep))
             targets += int(keep[:, :-1].sum())
             bar.update(batch.numel())
     if not targets:
         raise BadCorpus("no held-out token is left to evaluate on")
-    variances = sums.variances()
-    l0 = sums.active / sums.tokens
-    lost, whole = (loss[name] - loss["plain"] for name in ("spliced", "zeroed"))
+    return [
+        _quality(candidate, activations, plain_loss, zeroed_loss, targets)
+        for candidate in candidates
+    ]
+
+
+def _quality(
+    candidate: _Candidate,
+    activations: _Activations,
+    plain_loss: float,
+    zeroed_loss: float,
+    targets: int,
+) -> Quality:
+    tokens = activations.tokens
+    variances = activations.variances()
+    l0 = candidate.active / tokens
+    lost, whole = candidate.loss - plain_loss, zeroed_loss - plain_loss
     return Quality(
-        tokens=sums.tokens,
+        tokens=tokens,
         l0=l0,
-        fvu=sums.error / sums.tokens / variances.sum().item(),
+        fvu=candidate.error / tokens / variances.sum().item(),
         delta_ce=lost / targets,
-        dead_share=(sums.fired == 0).double().mean().item(),
+        dead_share=(candidate.fired == 0).double().mean().item(),
         pca_fvu=(variances[round(l0) :].sum() / variances.sum()).item(),
-        ce=loss["plain"] / targets,
+        ce=plain_loss / targets,
         ce_recovered=1.0 - lost / whole if whole else None,
-        kl=kl / targets,
-        dense_share=(sums.fired > sums.tokens / 10).double().mean().item(),
+        kl=candidate.kl / targets,
+        dense_share=(candidate.fired > tokens / 10).double().mean().item(),
     )
 
 

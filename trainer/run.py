@@ -22,7 +22,7 @@ from trainer.baselines import Directions, fit, names
 from trainer.buffer import Buffer
 from trainer.config import BASELINES, PASS_FIELDS, TrainConfig, digest, from_mapping
 from trainer.errors import BadConfig
-from trainer.evaluate import evaluate
+from trainer.evaluate import evaluate, evaluate_together
 from trainer.harvest import Activations, Reader, harvest
 from trainer.model import load_model, load_tokenizer, revision, shape_of
 from trainer.probe import Probe, probe
@@ -158,23 +158,37 @@ def _finish(
     examples = interpret.examples(at, source, texts, stop)
     source.close()
     model = load_once()
-    for (config, _), (site, dictionary), survey, shown in zip(
-        trained, dictionaries, surveys, examples, strict=True
+    qualities = _qualities(model, dictionaries, source, first.skip_positions, stop)
+    for (config, _), (site, dictionary), quality, survey, shown in zip(
+        trained, dictionaries, qualities, surveys, examples, strict=True
     ):
-        quality = evaluate(
-            model,
-            site,
-            dictionary,
-            source.heldout,
-            config.skip_positions,
-            source.max_norms[site],
-            stop,
-        )
         evidence = interpret.evidence(site, dictionary, shown, source.train, model, texts, stop)
         evidence = _labelled(evidence, names(config, source, stop))
         card = _card(config, dictionary, quality, survey, source.max_norms[site], tokenizer)
         curve = lines.get(config.out, "")
         save(Path(config.out), card, dictionary, survey.statistics(), evidence, curve)
+
+
+def _qualities(
+    model: nn.Module,
+    dictionaries: Sequence[tuple[Site, Dictionary]],
+    source: Source,
+    skip_positions: int,
+    stop: Stop,
+) -> list[Quality]:
+    """In order; those of a site are evaluated together."""
+    numbers: dict[Site, list[int]] = {}
+    for number, (site, _) in enumerate(dictionaries):
+        numbers.setdefault(site, []).append(number)
+    found: dict[int, Quality] = {}
+    for site, own in numbers.items():
+        theirs = [dictionaries[number][1] for number in own]
+        bound = source.max_norms[site]
+        qualities = evaluate_together(
+            model, site, theirs, source.heldout, skip_positions, bound, stop
+        )
+        found |= zip(own, qualities, strict=True)
+    return [found[number] for number in range(len(dictionaries))]
 
 
 def _card(

@@ -9,7 +9,7 @@ from steer_server.dictionary.features import QUANTILES, Example
 from steer_server.dictionary.site import Site
 from tests.unit.trainer_model import write_model
 from trainer.errors import BadConfig
-from trainer.evaluate import describe, evaluate
+from trainer.evaluate import describe, evaluate, evaluate_together
 from trainer.interpret import Survey, _varied, logit_effects
 from trainer.model import load_model, read_sites, site_hook
 from trainer.stop import Stop
@@ -95,6 +95,30 @@ def test_kl_is_that_of_the_two_distributions(model: torch.nn.Module, contexts: T
     assert expected > 1e-3
     assert quality.kl == pytest.approx(expected, rel=1e-3)
     assert f"{quality.kl:.3f}" in describe(quality)
+
+
+def test_dictionaries_of_a_site_are_evaluated_in_few_runs_of_the_model_as_each_alone(
+    model: torch.nn.Module, contexts: Tensor
+) -> None:
+    half = Dictionary.tied(torch.cat([torch.eye(16)[:8], -torch.eye(16)[:8]]), torch.zeros(16))
+    silent = Dictionary.tied(torch.eye(16), torch.full((16,), -1e9))
+    dictionaries = [identity(), half, silent]
+    alone = [evaluate(model, SITE, d, contexts, 1, float("inf"), Stop()) for d in dictionaries]
+    runs = 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    handle = model.register_forward_pre_hook(count)
+    try:
+        together = evaluate_together(model, SITE, dictionaries, contexts, 1, float("inf"), Stop())
+    finally:
+        handle.remove()
+
+    assert together == alone
+    batches = -(-len(contexts) // 4)
+    assert runs == batches * (2 + len(dictionaries))
 
 
 def test_activations_longer_than_the_bound_are_left_as_they_are(
