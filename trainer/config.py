@@ -138,6 +138,8 @@ class TrainConfig:
     """Dead features that help to explain the error, of those with a k; 0 stands for half of d_model, -1 for none."""
     dead_after: int = 200_000
     """Tokens without activation after which a feature counts as dead."""
+    resample_every: int = 0
+    """Steps after which dead features begin anew from tokens explained badly, until lr falls; 0: never."""
     precision: Precision = "float32"
     """Of the factors of a step's large products; their sums, weights, gradients and moments are float32. For GPUs."""
     bandwidth: float = 0.25
@@ -194,7 +196,7 @@ class TrainConfig:
         for name in (*positive, "holdout_every", "bandwidth", "dead_after"):
             if not getattr(self, name) > 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must be above 0")
-        schedule = ("lr", "warmup", "decay", "sparsity_warmup", "clip")
+        schedule = ("lr", "warmup", "decay", "sparsity_warmup", "clip", "resample_every")
         for name in ("alpha", "skip_positions", "max_norm_ratio", *schedule):
             if not getattr(self, name) >= 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}, it must not be negative")

@@ -60,6 +60,11 @@ def check(configs: Sequence[TrainConfig], size: int) -> None:
                 f"{name} is {getattr(config, name)}; with parallel = {config.parallel!r} it must be a multiple of "
                 f"the number of processes, {size}"
             )
+        if config.parallel == "features" and config.resample_every:
+            raise BadConfig(
+                f"resample_every is {config.resample_every}; with parallel = 'features' no process has a whole dictionary "
+                "to see what it misses, so it must be 0"
+            )
         if config.parallel == "features" and config.architecture == "matryoshka":
             ends = prefixes(config.n_features, config.prefixes)
             least = min(last - first for first, last in zip((0, *ends), ends, strict=False))

@@ -14,6 +14,7 @@ from trainer.errors import BadCheckpoint, BadConfig, TrainerError
 from trainer.graph import Replayed
 from trainer.model import device
 from trainer.ranks import ALONE, Ranks
+from trainer.resample import resample_
 from trainer.step import Hyper, Outcome
 from trainer.top_k import TopK, prefixes
 
@@ -41,7 +42,8 @@ def stacks(configs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
 class Stack:
     """Everything that changes while they train.
 
-    Random numbers are drawn from the seeds for the first weights only, so `step` is all the random state there is.
+    Random numbers are drawn from the seeds, for the first weights, and from seeds and `step`, for resampling, so `step`
+    is all the random state there is.
     """
 
     def __init__(
@@ -56,12 +58,8 @@ class Stack:
         self.step = 0
         d_model = len(mean)
         self._architecture = ARCHITECTURES[first.architecture]
-        members = [
-            self._architecture.start(
-                config.n_features, d_model, mean, torch.Generator().manual_seed(config.seed)
-            )
-            for config in configs
-        ]
+        self._mean = mean
+        members = [self._first(config) for config in configs]
         self.parameters = {
             name: torch.stack([self._own(name, member[name]) for member in members]).to(device())
             for name in members[0]
@@ -118,6 +116,8 @@ class Stack:
         else:
             outcome = self.update(x, revive)
         self.step += 1
+        if self._resamples():
+            self._resample(x)
         if not x.is_cuda:
             self.check()
         return outcome
@@ -176,6 +176,41 @@ class Stack:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+    def _resamples(self) -> bool:
+        """Whether dead features begin anew after this step."""
+        first = self.configs[0]
+        every = first.resample_every
+        return (
+            bool(every) and self.step % every == 0 and self.step <= (1 - first.decay) * self.steps
+        )
+
+    def _resample(self, x: Tensor) -> None:
+        """Dead features begin anew as tokens of `x`, without what the optimiser remembers of them."""
+        dictionaries = self.dictionaries(1.0)
+        dead = self.quiet >= self.configs[0].dead_after
+        for number, (config, slices) in enumerate(zip(self.configs, self._slices, strict=True)):
+            own = dead[number]
+            if not own.any():
+                continue
+            first = {name: value.to(device()) for name, value in self._first(config).items()}
+            generator = torch.Generator().manual_seed((config.seed << 32) + self.step)
+            dictionary = dictionaries[number].to(device())
+            resample_(slices, first, own, x, dictionary, generator)
+            for name, parameter in slices.items():
+                if name not in REPLICATED:
+                    state = self._optimiser.state[parameter]
+                    state["exp_avg"][own] = 0.0
+                    state["exp_avg_sq"][own] = 0.0
+        # Ranks with other tokens drew others.
+        self._ranks.take_first_(self._whole(self.parameters))
+        self.quiet.masked_fill_(dead, 0)
+        self._ask_at = self.step
+
+    def _first(self, config: TrainConfig) -> dict[str, Tensor]:
+        """A member's parameters before the first step, of all features."""
+        generator = torch.Generator().manual_seed(config.seed)
+        return self._architecture.start(config.n_features, len(self._mean), self._mean, generator)
 
     def _some_may_be_dead(self, tokens: int) -> bool:
         """Whether AuxK may have work; a GPU is asked only when the answer may have changed.

@@ -122,6 +122,17 @@ def broken_off(config: TrainConfig, folder: Path, ranks: Ranks) -> dict[str, Ten
     return same
 
 
+def resampled(config: TrainConfig, ranks: Ranks) -> dict[str, Tensor]:
+    """All ranks' rows and moments, after steps of which some made dead features begin anew."""
+    configs = [replace(one, resample_every=2) for one in configs_of(config, "relu")]
+    stack = Stack(configs, torch.full((D,), 0.1), STEPS, ranks)
+    stack.parameters["b_enc"][:, ::2] = -1e3
+    with torch.no_grad():
+        for x in batches():
+            stack.advance(ranks.own_tokens(x))
+    return {name: ranks._gather(value) for name, value in stack.tensors().items()}
+
+
 def selection(ranks: Ranks) -> dict[str, Tensor]:
     """The exact n-th largest and the exact places, with ties, for a guess too low, close and too high."""
     generator = torch.Generator().manual_seed(5)
@@ -152,6 +163,7 @@ def one_rank(folder: Path, environment: dict[str, str]) -> None:
                 keep(found, folder / f"{mode}-{name}.safetensors", ranks)
             found = broken_off(config, folder / mode, several)
             save_file(found, folder / f"{mode}-broken-{ranks.rank}.safetensors")
+        keep(resampled(config, ranks), folder / "resampled.safetensors", ranks)
         keep(selection(ranks), folder / "selection.safetensors", ranks)
         harvest.SHARD_CONTEXTS = 16
         members = replace(ranks, parallel="members")

@@ -81,6 +81,15 @@ def test_ranks_stop_at_the_same_step_and_go_on_to_the_same_bytes(found: Path, mo
         assert all(said.values()), said
 
 
+def test_ranks_that_resample_hold_the_same_dictionaries(found: Path) -> None:
+    tensors = load_file(found / "resampled.safetensors")
+
+    for name, (first, second) in tensors.items():
+        assert torch.equal(first, second), name
+    # Half of the features were dead, and could not have come back alone.
+    assert (tensors["p.b_enc"] > -100).all()
+
+
 def test_the_nth_largest_and_the_best_of_all_ranks_are_exact(found: Path) -> None:
     said = load_file(found / "selection.safetensors")
 
@@ -132,6 +141,7 @@ def test_a_checkpoint_of_other_ranks_is_named_and_kept(
             2,
             "must add one on each of 2 processes",
         ),
+        ({"parallel": "features", "resample_every": 5}, 2, "resample_every is 5; .* must be 0"),
     ],
 )
 def test_what_ranks_cannot_divide_is_refused(
