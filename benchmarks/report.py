@@ -18,6 +18,7 @@ PAGES = {
         "serving_overhead",
         "api_overhead",
         "trainer_throughput",
+        "trainer_end_to_end",
         "trainer_quality",
     ),
 }
@@ -146,6 +147,27 @@ def _speed(found: dict[str, Any]) -> str:
     return f"{found['ms']:,.0f} ms" if ratio["min"] == ratio["max"] == 1 else share
 
 
+def trainer_end_to_end() -> str:
+    """How many times as long as ours the other trainers take with the model included."""
+    path = RESULTS / "trainer_end_to_end.json"
+    if not path.exists():
+        return _UNMEASURED
+    result = json.loads(path.read_text())
+    lines = [
+        f"{result['model']}, {result['tokens']:,} tokens, batches of {result['batch']:,}, {result['threads']} threads, "
+        f"medians of {result['rounds']} interleaved rounds; {result['hardware']}; torch {result['versions']['torch']}; "
+        f"{result['date']}:",
+        "",
+        "| | tokens/s | time, of ours |",
+        "|---|---|---|",
+    ]
+    for name, found in result["contestants"].items():
+        ratio = found["ratio"]
+        times = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        lines.append(f"| {name} | {found['tokens_per_second']:,.0f} | {times} |")
+    return "\n".join(lines)
+
+
 def trainer_quality() -> str:
     """Dictionaries of all trainers on held-out text, at the same L0."""
     path = RESULTS / "trainer_quality.json"
@@ -199,6 +221,7 @@ TABLES = {
     "serving_overhead": serving_overhead,
     "api_overhead": api_overhead,
     "trainer_throughput": trainer_throughput,
+    "trainer_end_to_end": trainer_end_to_end,
     "trainer_quality": trainer_quality,
 }
 

@@ -128,7 +128,7 @@ def trained(
         "out": str(path),
     }
     interpreter = python(library, options.environments)
-    worker = Worker(library, library, interpreter, job, path.with_suffix(".log"))
+    worker = Worker(library, f"drive_{library}", interpreter, job, path.with_suffix(".log"))
     try:
         worker.ready()
         began = time.perf_counter()

@@ -170,7 +170,7 @@ def _start(options: argparse.Namespace, case: Case, contestant: Contestant, logs
     interpreter = python(library, options.environments)
     driver = "products" if contestant.library == TORCH else contestant.library
     log = logs / f"{contestant.name}.log"
-    worker = Worker(contestant.name, driver, interpreter, job, log)
+    worker = Worker(contestant.name, f"drive_{driver}", interpreter, job, log)
     worker.ready()
     worker.run(options.warmup)
     return worker

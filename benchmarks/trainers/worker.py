@@ -21,7 +21,7 @@ class Worker:
         environment = os.environ | {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
-            "PYTHONPATH": paths if driver == "steer" else "",
+            "PYTHONPATH": paths if driver.endswith("_steer") else "",
             "WANDB_MODE": "disabled",
             "HF_HUB_OFFLINE": "1",
         }
@@ -29,7 +29,7 @@ class Worker:
         read, write = os.pipe()
         with log.open("w") as printed:
             self._process = subprocess.Popen(
-                [interpreter, _HERE / f"drive_{driver}.py", json.dumps(job | {"answers": write})],
+                [interpreter, _HERE / f"{driver}.py", json.dumps(job | {"answers": write})],
                 stdin=subprocess.PIPE,
                 stdout=printed,
                 stderr=printed,
