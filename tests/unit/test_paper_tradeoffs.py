@@ -14,7 +14,7 @@ from tests.unit.trainer_model import tiny_config, write_model
 from trainer.compare import likeness
 from trainer.config import TrainConfig
 from trainer.errors import BadConfig
-from trainer.paper.config import PaperConfig, TradeOffSettings
+from trainer.paper.config import InterpretabilitySettings, PaperConfig, TradeOffSettings
 from trainer.paper.lab import Lab
 from trainer.paper.page import Verdict, write_page
 from trainer.paper.results import Results
@@ -209,11 +209,13 @@ def write_scores(folder: Path, name: str, scores: list[float | None], weights: s
 
 
 def test_interpretability_is_joined_if_it_was_measured(folder: Path, tmp_path: Path) -> None:
-    config = replace(settings(folder), out=str(tmp_path))
+    order = InterpretabilitySettings(dictionaries=("y/x/pca", "y/x/one", "y/x/another"))
+    config = replace(settings(folder), out=str(tmp_path), interpretability=order)
     before = experiment(Lab(config, Stop()))
     rising = [0.1 * number for number in range(10)]
     write_scores(tmp_path, "a/one/rule.json", [*rising, None], "trained")
     write_scores(tmp_path, "control/rule.json", rising[::-1], "random")
+    write_scores(tmp_path, "a/another/rule.json", [*rising[::-1], 1.0], "trained")
     write_scores(tmp_path, "a/pca/rule.json", [*rising[::-1], 1.0, 1.1], "trained")
 
     after = experiment(Lab(config, Stop()))
@@ -232,7 +234,9 @@ def test_interpretability_is_joined_if_it_was_measured(folder: Path, tmp_path: P
 def test_a_dictionary_with_few_scores_has_no_correlation(tmp_path: Path) -> None:
     write_scores(tmp_path, "a/one/rule.json", [0.1, 0.2, None], "trained")
 
-    finding = correlations(scored(Results(tmp_path / "interpretability")))
+    finding = correlations(
+        scored(Results(tmp_path / "interpretability"), InterpretabilitySettings())
+    )
 
     assert finding.verdict is NONE
     assert {tuple(row[4:]) for row in finding.tables[0].rows} == {("-", "-", "-")}
@@ -244,8 +248,8 @@ def test_other_files_of_the_experiment_are_passed_over_and_broken_ones_named(
     part = tmp_path / "interpretability" / "one" / "feature.json"
     part.parent.mkdir(parents=True)
     part.write_text(json.dumps({"settings": {}, "result": {"feature": 3}}))
-    assert scored(Results(tmp_path / "interpretability")) == []
+    assert scored(Results(tmp_path / "interpretability"), InterpretabilitySettings()) == []
 
     part.write_text(json.dumps({"settings": {}, "result": {"features": [{"feature": 3}]}}))
     with pytest.raises(BadConfig, match=r"feature\.json is not a result .* run that anew"):
-        scored(Results(tmp_path / "interpretability"))
+        scored(Results(tmp_path / "interpretability"), InterpretabilitySettings())

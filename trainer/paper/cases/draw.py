@@ -52,7 +52,9 @@ def _stack(panel: Any, found: Mapping[str, Any]) -> None:
     for middle, count in zip(middles, found["counts"], strict=True):
         panel.text(middle, 1.01, f"{count:,}", ha="center", va="bottom", fontsize=7)
     panel.set_ylim(0, 1.08)
-    panel.legend(fontsize=8, loc="lower left", framealpha=0.9)
+    panel.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False
+    )
 
 
 def effects(title: str, found: Mapping[str, Any], caption: str) -> Figure:

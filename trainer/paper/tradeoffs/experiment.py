@@ -26,7 +26,7 @@ def experiment(lab: Lab) -> Section:
     if len(settings.alike) > 0:
         compared = [lab.dictionary(folder) for folder in folders(settings.alike)]
         findings.append(again(lab, compared))
-    interpretability = scored(lab.results("interpretability"))
+    interpretability = scored(lab.results("interpretability"), lab.config.interpretability)
     if interpretability:
         findings.append(correlations(interpretability))
     else:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from trainer.compare import Table
 from trainer.config import BASELINES
 from trainer.errors import BadConfig
+from trainer.paper.config import InterpretabilitySettings
 from trainer.paper.page import Figure, Finding, plot
 from trainer.paper.results import Results
 from trainer.paper.tradeoffs.verdicts import SURE, correlated
@@ -33,8 +34,8 @@ class Scored(NamedTuple):
     """Whether these are directions that no training found."""
 
 
-def scored(results: Results) -> list[Scored]:
-    """What the interpretability experiment has found; empty if it was not run.
+def scored(results: Results, settings: InterpretabilitySettings) -> list[Scored]:
+    """What the interpretability experiment has found, in the order of its settings; empty if it was not run.
 
     A file `<dictionary>/<explainer>.json` of its results, whose dictionary's name may have a slash, holds as `result`
 
@@ -45,8 +46,21 @@ def scored(results: Results) -> list[Scored]:
     A feature without a score, because it is constant, is left out.
     """
     paths = sorted([*results.folder.glob("*/*.json"), *results.folder.glob("*/*/*.json")])
-    found = [_read(path) for path in paths]
-    return [one for one in found if one is not None]
+    found = [one for one in map(_read, paths) if one is not None]
+    dictionaries = [_name(folder) for folder in settings.dictionaries]
+
+    def place(one: Scored) -> tuple[int, int]:
+        return _index(dictionaries, one.dictionary), _index(settings.explainers, one.explainer)
+
+    return sorted(found, key=place)
+
+
+def _name(folder: str) -> str:
+    return "/".join(Path(folder).parts[-2:])
+
+
+def _index(names: Sequence[str], name: str) -> int:
+    return names.index(name) if name in names else len(names)
 
 
 def _read(path: Path) -> Scored | None:
@@ -56,7 +70,7 @@ def _read(path: Path) -> Scored | None:
             return None
         rows = [row for row in content["features"] if row["scores"][_SCORE] is not None]
         return Scored(
-            "/".join(Path(content["dictionary"]).parts[-2:]),
+            _name(content["dictionary"]),
             path.stem,
             [float(row["scores"][_SCORE]) for row in rows],
             {moment: [float(row["moments"][moment]) for row in rows] for moment in MOMENTS},
@@ -106,8 +120,8 @@ def correlations(found: Sequence[Scored]) -> Finding:
 
 
 def _main(found: Sequence[Scored]) -> Scored:
-    """Of trained dictionaries of the trained model, if there is one, that with most features scored, by its first explainer."""
-    return max(found, key=lambda one: (one.trained, not one.baseline, len(one.scores)))
+    """The first dictionary, by its first explainer; one that was trained, of the trained model, if there is one."""
+    return max(found, key=lambda one: (one.trained, not one.baseline))
 
 
 def _scatter(one: Scored) -> Figure:
@@ -115,7 +129,9 @@ def _scatter(one: Scored) -> Figure:
         panels = canvas.subplots(1, len(MOMENTS), sharey=True)
         for panel, moment in zip(panels, MOMENTS, strict=True):
             panel.scatter(one.moments[moment], one.scores, s=8)
-            panel.set_xscale("symlog")
+            # Moments of what is never below zero are above it; of signed directions they are not.
+            panel.set_xscale("log" if min(one.moments[moment]) > 0 else "linear")
+            panel.xaxis.set_minor_formatter("")
             panel.set_xlabel(moment)
         panels[0].set_ylabel("top-and-random score")
 

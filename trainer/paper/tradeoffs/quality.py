@@ -94,6 +94,9 @@ def _sparsity_figure(found: Sequence[StoredDictionary]) -> Figure:
 
     def draw(canvas: Any) -> None:
         panels = canvas.subplots(1, len(sites), squeeze=False, sharex=True, sharey=True)[0]
+        labels = sorted(set(map(_line, found)))
+        colours = {label: f"C{number}" for number, label in enumerate(labels)}
+        drawn: dict[str, Any] = {}
         for panel, site in zip(panels, sites, strict=True):
             lines: dict[str, list[tuple[float, float]]] = {}
             for stored in found:
@@ -102,16 +105,21 @@ def _sparsity_figure(found: Sequence[StoredDictionary]) -> Figure:
                     lines.setdefault(_line(stored), []).append(point)
             for label, points in sorted(lines.items()):
                 style = "-" if "alpha" in label else "none"
-                panel.plot(*zip(*sorted(points), strict=True), ls=style, marker="o", label=label)
+                (drawn[label],) = panel.plot(
+                    *zip(*sorted(points), strict=True), ls=style, marker="o", color=colours[label]
+                )
             panel.set_xscale("log")
             panel.xaxis.set_minor_formatter("")
             panel.set_title(str(site))
             panel.set_xlabel("L0, active features per token")
-            panel.legend(fontsize=7)
         # Whole decades, for others have no label.
         low, high = (math.log10(limit) for limit in panels[0].get_xlim())
         panels[0].set_xlim(10 ** math.floor(low), 10 ** math.ceil(high))
         panels[0].set_ylabel("FVU, variance unexplained")
+        shown = sorted(drawn)
+        canvas.legend(
+            [drawn[label] for label in shown], shown, loc="outside lower center", ncols=4, fontsize=8
+        )
 
     caption = "Left and low is better. Lines join dictionaries that differ in alpha."
     return plot(draw, caption, (max(5, 3.5 * len(sites)), 4))
