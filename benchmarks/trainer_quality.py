@@ -36,7 +36,7 @@ from trainers.worker import Worker
 
 from steer_server.dictionary.dictionary import Activation, Dictionary
 from steer_server.dictionary.site import Site
-from trainer.evaluate import evaluate
+from trainer.evaluate import evaluate_together
 from trainer.harvest import Activations
 from trainer.model import load_model, read_sites
 from trainer.stop import Stop
@@ -66,29 +66,23 @@ def main() -> None:
     model = load_model(str(options.model))
     x = _heldout(model, found)
     rows: list[dict[str, Any]] = []
+    dictionaries: list[Dictionary] = []
     with tempfile.TemporaryDirectory() as folder, Stop() as stop:
         for library, architecture in CONTESTANTS:
             if library not in options.libraries or architecture not in options.only:
                 continue
             path = Path(folder) / f"{library}-{architecture}.safetensors"
             seconds = trained(options, library, architecture, found, path)
-            dictionary = taken_over(path)
-            dictionary, own_l0 = _at_k(dictionary, options.k, x)
-            quality = evaluate(
-                model,
-                Site.parse(SITE),
-                dictionary,
-                found.heldout,
-                SKIP_POSITIONS,
-                found.max_norm,
-                stop,
-            )
-            rows.append(
-                {"library": library, "title": title(library), "architecture": architecture}
-                | {"seconds": round(seconds, 1), "own_l0": round(own_l0, 2)}
-                | asdict(quality)
-            )
-            print(json.dumps(rows[-1]))
+            dictionary, own_l0 = _at_k(taken_over(path), options.k, x)
+            dictionaries.append(dictionary)
+            about = {"library": library, "title": title(library), "architecture": architecture}
+            rows.append(about | {"seconds": round(seconds, 1), "own_l0": round(own_l0, 2)})
+            print(json.dumps(rows[-1]), flush=True)
+        site, bound = Site.parse(SITE), found.max_norm
+        qualities = evaluate_together(
+            model, site, dictionaries, found.heldout, SKIP_POSITIONS, bound, stop
+        )
+    rows = [row | asdict(quality) for row, quality in zip(rows, qualities, strict=True)]
     versions = {"torch": metadata.version("torch")}
     versions |= {n: RELEASES[n].partition("==")[2] for n in options.libraries if n in RELEASES}
     publish(

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Five minutes of CPU, most of it to train what dictionaries are compared with.
-pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def test_the_report_holds_every_experiment_and_is_not_computed_twice(tmp_path: Path) -> None:
