@@ -23,7 +23,7 @@ _FREE = {"k", "alpha", "lr", "seed", "out"}
 REPLICATED = ("b_dec",)
 """Parameters that every rank has whole when features are divided; all others have a row for each feature."""
 _MEMORY = 0.999
-"""Of the running mean of BatchTopK's threshold."""
+"""Of the running mean of BatchTopK's threshold; of a training so short that this would span most of it, a tenth."""
 _ASK_EVERY = 50
 """Steps after which a GPU is asked again whether some feature is still dead."""
 _CACHE = 2**21
@@ -69,6 +69,7 @@ class Stack:
         self.quiet = torch.zeros(len(configs), features, dtype=torch.int64, device=device())
         """Tokens since each feature was last active."""
         self.threshold = torch.zeros(len(configs), device=device())
+        self._memory = min(_MEMORY, max(0.0, 1 - 10 / steps))
         self._guess = torch.zeros(len(configs), device=device())
         self._alpha = torch.tensor([config.alpha for config in configs], device=device())
         self._now = torch.zeros((), dtype=torch.int64, device=device())
@@ -149,7 +150,7 @@ class Stack:
             W /= torch.linalg.vector_norm(W, dim=2, keepdim=True).clamp(min=1e-8)
         self.quiet += self._ranks.all_tokens(len(x))
         self.quiet.masked_fill_(outcome.fired, 0)
-        self.threshold.lerp_(outcome.least_active, 1 - _MEMORY)
+        self.threshold.lerp_(outcome.least_active, 1 - self._memory)
         torch.mul(outcome.least_active, 0.9, out=self._guess)
         self._now += 1
         return outcome
@@ -237,7 +238,7 @@ class Stack:
         """By member; x was multiplied by `scale` before training. `parameters` are those of all ranks' features."""
         self.check()
         # The running mean began at 0.
-        seen = 1 - _MEMORY**self.step
+        seen = 1 - self._memory**self.step
         found = []
         for member in range(len(self.configs)):
             hyper = replace(self._hyper, k=self._hyper.k[member : member + 1])

@@ -73,3 +73,20 @@ def test_the_features_that_made_the_data_are_found(name: str) -> None:
     assert cosines.mean() > 0.94, cosines
     assert outcome.fvu[0] < 0.15
     assert outcome.l0[0] < 3 * ACTIVE
+
+
+def test_after_a_short_training_a_threshold_lets_through_as_many_as_in_its_end() -> None:
+    """While a dictionary learns, its threshold falls far."""
+    steps = 150
+    generator = torch.Generator().manual_seed(0)
+    true = torch.nn.functional.normalize(torch.randn(TRUE, D, generator=generator), dim=1)
+    stack = Stack([config("batch_top_k")], torch.zeros(D), steps)
+    drawn = batches(true)
+
+    with torch.no_grad():
+        for _ in range(steps):
+            outcome = stack.advance(next(drawn))
+        (dictionary,) = stack.dictionaries(1.0)
+        f = dictionary.encode(torch.cat([next(drawn) for _ in range(4)]))
+
+    assert (f > 0).sum(dim=1).float().mean() == pytest.approx(outcome.l0[0].item(), rel=0.05)
