@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -75,23 +74,22 @@ def make_token(arguments: Sequence[str]) -> None:
 
 async def start_engine(config: ServerConfig, registry: Registry) -> Engine:
     """vLLM with the model, the dictionaries resident, and proof that edits reach its output."""
-    # vLLM reads it when it is imported; its INFO would bury what this server says.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # Late: importing vLLM takes seconds, and --help and a wrong key should not.
-    from steer_server.engine import EngineSettings, VllmEngine
+    with logs.shared_with_vllm(config.log_format):
+        # Late: importing vLLM takes seconds, and --help and a wrong key should not.
+        from steer_server.engine import EngineSettings, VllmEngine
 
-    sites = config.sites or tuple(sorted({stored.card.site for _, stored in registry}))
-    settings = EngineSettings(
-        model=config.model,
-        sites=sites,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        edit_slots=config.edit_slots,
-        dtype=config.dtype,
-        enforce_eager=config.enforce_eager,
-        kv_cache_gib=config.kv_cache_gib,
-    )
-    engine = await VllmEngine.start(settings)
+        sites = config.sites or tuple(sorted({stored.card.site for _, stored in registry}))
+        settings = EngineSettings(
+            model=config.model,
+            sites=sites,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            edit_slots=config.edit_slots,
+            dtype=config.dtype,
+            enforce_eager=config.enforce_eager,
+            kv_cache_gib=config.kv_cache_gib,
+        )
+        engine = await VllmEngine.start(settings)
     try:
         for name, stored in registry:
             await engine.add_dictionary(name, stored)

@@ -2,10 +2,15 @@
 
 import json
 import logging
+import os
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LOG_FORMATS = ("text", "json")
+_VLLM_CONFIG = "VLLM_LOGGING_CONFIG_PATH"
 
 
 class TextFormatter(logging.Formatter):
@@ -46,3 +51,32 @@ def set_up(log_format: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+@contextmanager
+def shared_with_vllm(log_format: str) -> Iterator[None]:
+    """What of vLLM starts in the block, in this process or another, writes its log in that format.
+
+    Not where the operator has a `VLLM_LOGGING_CONFIG_PATH`, whose place this takes.
+    """
+    # vLLM reads both variables when it is imported; its INFO would bury what this server says.
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if log_format == "text" or _VLLM_CONFIG in os.environ:
+        yield
+        return
+    formatter = {"()": f"{JsonFormatter.__module__}.{JsonFormatter.__name__}"}
+    config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"json": formatter},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+        "loggers": {"vllm": {"handlers": ["stderr"], "level": level, "propagate": False}},
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(config, file)
+        file.flush()
+        os.environ[_VLLM_CONFIG] = file.name
+        try:
+            yield
+        finally:
+            del os.environ[_VLLM_CONFIG]

@@ -1,6 +1,7 @@
 """The server's process with the real engine: signals under load, and the death of its engine."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from tests.e2e.helpers import IOI, TEXTS
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 _START_SECONDS = 300
+_VLLM_TEXT = re.compile(r"(\(.*\) )?(DEBUG|INFO|WARNING|ERROR) \d\d-\d\d ")
 _SERVING = re.compile(r"serving .* on (\S+), metrics on")
 
 
@@ -85,9 +87,14 @@ async def turn(client: SteerClient, begun: asyncio.Semaphore, tokens: int) -> tu
 
 
 async def test_a_signal_under_load_loses_no_turn_that_fits_the_drain(
-    model_path: Path, random_dictionary: StoredDictionary, tmp_path: Path
+    model_path: Path,
+    random_dictionary: StoredDictionary,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flags = ("--drain-seconds", "120", "--max-num-seqs", "4")
+    """And what the server and vLLM's processes log is JSON, if asked for."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    flags = ("--drain-seconds", "120", "--max-num-seqs", "4", "--log-format", "json")
     log = tmp_path / "server.log"
     async with (
         running_server(model_path, random_dictionary, log, *flags) as (process, target),
@@ -115,6 +122,10 @@ async def test_a_signal_under_load_loses_no_turn_that_fits_the_drain(
     assert [len(ids) for ids, _ in outcomes] == [12] * 7
     assert {event.reason for _, event in outcomes} == {steering_pb2.FINISH_REASON_LENGTH}
     assert code == 0
+    lines = log.read_text().splitlines()
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    assert {"steer", "vllm"} <= {line["logger"].partition(".")[0] for line in logged}
+    assert not [line for line in lines if _VLLM_TEXT.match(line)]
 
 
 async def test_the_death_of_the_engine_ends_calls_and_server_at_once(

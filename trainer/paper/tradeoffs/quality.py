@@ -118,7 +118,11 @@ def _sparsity_figure(found: Sequence[StoredDictionary]) -> Figure:
         panels[0].set_ylabel("FVU, variance unexplained")
         shown = sorted(drawn)
         canvas.legend(
-            [drawn[label] for label in shown], shown, loc="outside lower center", ncols=4, fontsize=8
+            [drawn[label] for label in shown],
+            shown,
+            loc="outside lower center",
+            ncols=4,
+            fontsize=8,
         )
 
     caption = "Left and low is better. Lines join dictionaries that differ in alpha."
