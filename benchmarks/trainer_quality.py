@@ -15,12 +15,14 @@ cut to a tenth and a half of so short a training. sparsify's weights are the ave
 
     python benchmarks/trainer_quality.py --environments build/trainers --json build/trainer_quality.json
     python benchmarks/trainer_quality.py --tokens 100000 --libraries steer sparsify
+    python benchmarks/trainer_quality.py --libraries steer --add-to build/trainer_quality.json --json build/again.json
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -83,20 +85,31 @@ def main() -> None:
             model, site, dictionaries, found.heldout, SKIP_POSITIONS, bound, stop
         )
     rows = [row | asdict(quality) for row, quality in zip(rows, qualities, strict=True)]
+    common = {
+        "site": SITE,
+        "n_features": options.n_features,
+        "k": options.k,
+        "batch": options.batch,
+        "tokens": _steps(options, found) * options.batch,
+    }
+    if options.add_to:
+        rows += _others(json.loads(options.add_to.read_text()), common, options.libraries)
     versions = {"torch": metadata.version("torch")}
     versions |= {n: RELEASES[n].partition("==")[2] for n in options.libraries if n in RELEASES}
     publish(
         options,
-        circumstances(options, versions)
-        | {
-            "site": SITE,
-            "n_features": options.n_features,
-            "k": options.k,
-            "batch": options.batch,
-            "tokens": _steps(options, found) * options.batch,
-            "dictionaries": rows,
-        },
+        circumstances(options, versions) | common | {"dictionaries": rows},
     )
+
+
+def _others(
+    earlier: dict[str, Any], common: dict[str, Any], libraries: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The rows of an earlier run of other libraries; RuntimeError if it is not of the same training."""
+    apart = {name for name, value in common.items() if earlier.get(name) != value}
+    if apart:
+        raise RuntimeError(f"--add-to has another {', '.join(sorted(apart))}")
+    return [row for row in earlier["dictionaries"] if row["library"] not in libraries]
 
 
 def trained(
@@ -201,6 +214,9 @@ def _options() -> argparse.Namespace:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--environments", type=Path, default=Path("build/trainers"))
     made.add_argument("--activations", type=Path, default=Path("build/trainer_quality.f32"))
+    made.add_argument(
+        "--add-to", type=Path, help="an earlier result, of which the other libraries' rows are kept"
+    )
     made.add_argument("--corpora", type=Path, default=Path("corpora"))
     options = made.parse_args()
     if options.quick:

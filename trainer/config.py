@@ -125,7 +125,7 @@ class TrainConfig:
     batch: int = 1024
     """Activations per step."""
     lr: float = 0.0
-    """Of Adam; 0 stands for 2e-4 / sqrt(n_features / 16384)."""
+    """Of Adam; 0 stands for 2e-4 / sqrt(n_features / 16384), and of those with a k in fewer than 100,000 steps for up to ten times that."""
     warmup: int = 100
     """Steps in which the learning rate rises from 0."""
     decay: float = 0.2
@@ -233,10 +233,17 @@ class TrainConfig:
         if self.architecture not in (*_BY_K, *BASELINES) and self.k:
             raise BadConfig(f"k is {self.k}, but {self.architecture} takes alpha instead")
 
-    @property
-    def learning_rate(self) -> float:
-        """Of Adam, once warm-up is over."""
-        return self.lr or 2e-4 / math.sqrt(self.n_features / 16384)
+    def learning_rate(self, steps: int) -> float:
+        """Of Adam, once warm-up is over, in a training of so many steps.
+
+        The rule of thumb for `lr = 0` is one of trainings of 100,000 steps and more (arXiv 2406.04093, appendix A.2).
+        """
+        if self.lr:
+            return self.lr
+        usual = 2e-4 / math.sqrt(self.n_features / 16384)
+        if self.architecture not in _BY_K:
+            return usual
+        return usual * max(1.0, min(10.0, math.sqrt(100_000 / steps)))
 
     def digest(self, names: Sequence[str]) -> str:
         """Twelve hexadecimal digits that stand for the values of `names`."""

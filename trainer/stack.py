@@ -172,7 +172,7 @@ class Stack:
         torch.mul(self._alpha, warm, out=self._hyper.alpha)
         factor = self._factor(first)
         for config, group in zip(self.configs, self._optimiser.param_groups, strict=True):
-            rate = config.learning_rate * factor
+            rate = config.learning_rate(self.steps) * factor
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:

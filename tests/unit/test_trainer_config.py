@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,3 +166,22 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_trainer_errors_are_steer_errors() -> None:
     assert issubclass(BadConfig, SteerError)
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "rate"),
+    [
+        ({}, 1_000_000, 4e-4),
+        ({}, 25_000, 8e-4),
+        ({}, 400, 4e-3),
+        ({"lr": 1e-3}, 400, 1e-3),
+        ({"architecture": "relu", "k": 0, "alpha": 1.0}, 400, 4e-4),
+    ],
+)
+def test_the_default_learning_rate_is_higher_for_short_trainings_with_a_k(
+    change: dict[str, Any], steps: int, rate: float
+) -> None:
+    content = {"model": "m", "site": "resid_post.1", "corpus": {"a.txt": 1.0}, "out": "o"}
+    config = from_mapping(content | {"tokens": 1, "n_features": 4096, "k": 8} | change)
+
+    assert config.learning_rate(steps) == pytest.approx(rate)
