@@ -6,8 +6,7 @@ Contexts of 256 tokens of the demo corpora, batches of 2,048, the model in its o
 float32, the same release of torch and as many threads. Runs are interleaved; ratios are taken within a round.
 
     steer                `harvest`, activations on disk, and `train`
-    SAELens              `LanguageModelSAETrainingRunner`, the model by AutoModelForCausalLM, which it knows no way to stop
-                         after a layer: that takes a model of TransformerLens's list
+    SAELens              `LanguageModelSAETrainingRunner`, the model by AutoModelForCausalLM
     sparsify             `Trainer.fit`, in a hook of a model without its head
     dictionary_learning  `trainSAE` on an `ActivationBuffer` of nnsight
 
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from trainers.environments import RELEASES, STEER, python, title
 from trainers.worker import Worker
+from transformers import AutoConfig
 
 from trainer.config import from_mapping
 from trainer.model import load_tokenizer, shape_of
@@ -98,6 +98,7 @@ def _run(options: argparse.Namespace, library: str, tokens: Path, folder: Path) 
         "model": str(options.model.resolve()),
         "tokens": str(tokens),
         "layer": options.layer,
+        "dtype": str(AutoConfig.from_pretrained(options.model).dtype).removeprefix("torch."),
         "d_model": shape_of(str(options.model))["hidden_size"],
         "n_features": options.n_features,
         "k": 32,

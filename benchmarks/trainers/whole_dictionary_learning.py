@@ -2,12 +2,14 @@
 
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from dictionary_learning.buffer import ActivationBuffer
 from dictionary_learning.trainers.top_k import TopKTrainer
 from dictionary_learning.training import trainSAE
 from nnsight import LanguageModel
+from transformers import PreTrainedTokenizerFast
 from whole import Whole
 
 SCALE_BATCHES = 1
@@ -18,7 +20,17 @@ def main() -> None:
     job = whole.job
     length = whole.contexts.shape[1]
     steps = whole.contexts.numel() // job["batch"]
-    model = LanguageModel(job["model"], device_map="cpu", torch_dtype="auto", dispatch=True)
+    # The release of transformers that it takes does not know the tokenizer's class in newer folders.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(Path(job["model"]) / "tokenizer.json"), pad_token="<|im_end|>"
+    )
+    model = LanguageModel(
+        job["model"],
+        tokenizer=tokenizer,
+        device_map="cpu",
+        torch_dtype=getattr(torch, job["dtype"]),
+        dispatch=True,
+    )
 
     def texts() -> Iterator[str]:
         while True:

@@ -8,6 +8,7 @@ SHARED = "engine"
 SECONDS = {
     SHARED: 225,
     "test_vllm_modes": 210,
+    "test_paper": 180,
     "test_serve": 85,
     "test_compiled": 80,
     "test_parallel": 75,
