@@ -236,7 +236,7 @@ class TrainConfig:
     def learning_rate(self, steps: int) -> float:
         """Of Adam, once warm-up is over, in a training of so many steps.
 
-        The rule of thumb for `lr = 0` is one of trainings of 100,000 steps and more (arXiv 2406.04093, appendix A.2).
+        The rule of thumb for `lr = 0` is one of trainings of 100,000 steps and more (arXiv 2406.04093).
         """
         if self.lr:
             return self.lr
