@@ -203,7 +203,8 @@ def _searched(searches: Sequence[Mapping[str, Any]]) -> Finding:
         "the original runs the model for every feature at every threshold.",
         Verdict.REPRODUCED if least >= 20 else Verdict.DIFFERS,
         f"The same sets with at least {least:.0f} times fewer runs of the model: features that never differ are left out, "
-        "outcomes are guessed and verified in batches, and known ones are not computed again.",
+        "outcomes are guessed and verified in batches, and known ones are not computed again. A run is of a batch of sets: "
+        "there are fewer runs, and where guesses were wrong more sets.",
         [Table([*header, "features left, KL"], rows)],
         [
             plot(
