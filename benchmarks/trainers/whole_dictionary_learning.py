@@ -12,8 +12,6 @@ from nnsight import LanguageModel
 from transformers import PreTrainedTokenizerFast
 from whole import Whole
 
-SCALE_BATCHES = 1
-
 
 def main() -> None:
     whole = Whole()

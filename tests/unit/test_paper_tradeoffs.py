@@ -231,8 +231,11 @@ def test_interpretability_is_joined_if_it_was_measured(folder: Path, tmp_path: P
     assert rows["x/control (untrained model)", "mean"][1] == "-1.00"
 
 
-def test_a_dictionary_with_few_scores_has_no_correlation(tmp_path: Path) -> None:
-    write_scores(tmp_path, "a/one/rule.json", [0.1, 0.2, None], "trained")
+@pytest.mark.parametrize("scores", [[0.1, 0.2, None], [None]])
+def test_a_dictionary_with_few_scores_has_no_correlation(
+    tmp_path: Path, scores: list[float | None]
+) -> None:
+    write_scores(tmp_path, "a/one/rule.json", scores, "trained")
 
     finding = correlations(
         scored(Results(tmp_path / "interpretability"), InterpretabilitySettings())

@@ -119,6 +119,31 @@ def test_features_that_were_dead_fire_after_resampling(config: TrainConfig, name
     assert fired.float().mean() > 0.5
 
 
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_a_training_that_goes_on_resamples_to_the_same_bits(config: TrainConfig, name: str) -> None:
+    sparsity = {"k": 4} if isinstance(ARCHITECTURES[name], TopK) else {"k": 0, "alpha": 1e-3}
+    own = replace(config, **{"architecture": name, "decay": 0.0, "resample_every": 3} | sparsity)
+    generator = torch.Generator().manual_seed(1)
+    x = [torch.randn(TOKENS, D, generator=generator) for _ in range(5)]
+    unbroken, broken = (Stack([own], torch.zeros(D), 10) for _ in range(2))
+    bias = unbroken.parameters["b_gate" if name == "gated" else "b_enc"]
+    bias[0, : FEATURES // 2] = -1e3
+
+    with torch.no_grad():
+        for batch in x[:2]:
+            unbroken.advance(batch)
+        kept = {name: value.clone() for name, value in unbroken.tensors().items()}
+        assert unbroken.dead_share()[0] == 0.5
+        broken.restore(2, kept)
+        for batch in x[2:]:
+            unbroken.advance(batch)
+            broken.advance(batch)
+
+    assert (bias > -100).all()
+    for name, value in unbroken.tensors().items():
+        assert torch.equal(broken.tensors()[name], value), name
+
+
 def test_no_feature_begins_anew_while_the_learning_rate_falls(config: TrainConfig) -> None:
     own = replace(config, architecture="relu", k=0, alpha=1e-3, decay=0.6, resample_every=5)
     stack = Stack([own], torch.zeros(D), 10)

@@ -49,20 +49,14 @@ def harvested(config: TrainConfig, folder: Path, stop: Stop) -> Activations:
 
 
 def sweep(config: TrainConfig) -> list[TrainConfig]:
-    """Two dictionaries of each architecture; features die soon, so that AuxK and resampling have work."""
+    """Two dictionaries of each architecture; features die soon, so that AuxK has work."""
     found = []
     for number, name in enumerate(ARCHITECTURES):
         by_k = isinstance(ARCHITECTURES[name], TopK)
         for member in range(2):
             sparsity = {"k": 3 + member} if by_k else {"alpha": 0.01 * (member + 1)}
             out = f"{config.out}-{number}-{member}"
-            change = {
-                "warmup": 10,
-                "decay": 0.2,
-                "clip": 1.0,
-                "dead_after": 200,
-                "resample_every": 15,
-            }
+            change = {"warmup": 10, "decay": 0.2, "clip": 1.0, "dead_after": 200}
             chosen = {"architecture": name, "out": out, "seed": member, "k": 0, "alpha": 0.0}
             found.append(replace(config, **change, **(chosen | sparsity)))
     return found

@@ -130,7 +130,7 @@ def _scatter(one: Scored) -> Figure:
         for panel, moment in zip(panels, MOMENTS, strict=True):
             panel.scatter(one.moments[moment], one.scores, s=8)
             # Moments of what is never below zero are above it; of signed directions they are not.
-            panel.set_xscale("log" if min(one.moments[moment]) > 0 else "linear")
+            panel.set_xscale("log" if min(one.moments[moment], default=0.0) > 0 else "linear")
             panel.xaxis.set_minor_formatter("")
             panel.set_xlabel(moment)
         panels[0].set_ylabel("top-and-random score")
