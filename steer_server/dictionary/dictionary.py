@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steer_server.dictionary.linear import linear
+
 
 class Activation(StrEnum):
     """phi in `f = phi(z)`."""
@@ -41,7 +43,7 @@ class FeatureRows(NamedTuple):
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch features"]:
         """The activations at `x`; of a TopK dictionary those before the k largest are chosen."""
-        z = torch.nn.functional.linear(x, self.encoder, self.bias)
+        z = linear(x, self.encoder, self.bias)
         return torch.where(z > self.threshold, z, 0.0)
 
 

@@ -1,6 +1,6 @@
 """The front-end's account of one generation: what came back from the worker, and whether it is all there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,49 +10,34 @@ from numpy.typing import NDArray
 from steer_server.errors import EditNotApplied, EditTooLarge
 from steer_server.generation import EditReport, RevisionApplied
 from steer_server.program import Program
-from steer_server.vllm_plugin.report import EditTally, StepResult
-
-_TALLIES_AT_ONCE = 512
+from steer_server.vllm_plugin.ledger import EditTally
+from steer_server.vllm_plugin.report import StepResult
 
 
 class _Totals:
-    """Of the edits of one revision; tallies come with every token, and are added up many at a time."""
+    """Of the edits of one revision."""
 
     def __init__(self, edits: int) -> None:
         self._rows = np.zeros(edits, np.int64)
         self._changed = np.zeros(edits, np.int64)
         self._size = np.zeros(edits)
         self._largest = np.zeros(edits)
-        self._tallies: list[EditTally] = []
 
     def enter(self, tally: EditTally) -> None:
-        self._tallies.append(tally)
-        if len(self._tallies) >= _TALLIES_AT_ONCE:
-            self._add_up()
+        edits = tally.edits
+        self._rows[edits] += tally.rows
+        self._changed[edits] += tally.changed
+        self._size[edits] += tally.total_size
+        self._largest[edits] = np.maximum(self._largest[edits], tally.max_size)
 
     def reports(self, revision: int) -> list[EditReport]:
         """By edit."""
-        self._add_up()
         mean = self._size / np.maximum(self._rows, 1)
         columns = self._rows, self._changed, mean, self._largest
         return [
             EditReport(revision, edit, *numbers)
             for edit, numbers in enumerate(zip(*(c.tolist() for c in columns), strict=True))
         ]
-
-    def _add_up(self) -> None:
-        if not self._tallies:
-            return
-        counts = [len(tally.edits) for tally in self._tallies]
-        edits = np.concatenate([tally.edits for tally in self._tallies])
-        np.add.at(self._rows, edits, np.repeat([tally.rows for tally in self._tallies], counts))
-        for total, add, name in (
-            (self._changed, np.add, "changed"),
-            (self._size, np.add, "total_size"),
-            (self._largest, np.maximum, "max_size"),
-        ):
-            add.at(total, edits, np.concatenate([getattr(t, name) for t in self._tallies]))
-        self._tallies.clear()
 
 
 @dataclass(eq=False)
@@ -72,6 +57,8 @@ class Account:
     wants_distribution: bool = False
     distribution: Any = None
     """vLLM's LogprobsLists of the one token generated."""
+    settle: Callable[[], None] = lambda: None
+    """Makes the ledger hand over what it has."""
     _skipped: list[tuple[int, int]] = field(default_factory=list)
     """Runs of positions taken from the prefix cache."""
     _totals: dict[int, _Totals] = field(default_factory=dict)
@@ -98,9 +85,11 @@ class Account:
             self._skipped += result.skipped
             for revision, position in result.applied:
                 self.starts[revision] = position
-            for tally in result.tallies:
-                self._of(tally.revision).enter(tally)
         return results
+
+    def enter(self, tally: EditTally) -> None:
+        """What edits did, as the ledger hands it over."""
+        self._of(tally.revision).enter(tally)
 
     def applied(self, results: Sequence[StepResult]) -> tuple[RevisionApplied, ...]:
         """The revisions that began to hold, by the first generated token drawn under them."""
@@ -115,6 +104,7 @@ class Account:
 
         Rows from the prefix cache are not computed anew; the last generated token is never read by the model.
         """
+        self.settle()
         last_row = self.prompt_length + len(self.token_ids) - 1
         held = [revision for revision, start in enumerate(self.starts) if start is not None]
         reports = []

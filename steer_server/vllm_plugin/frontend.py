@@ -21,6 +21,7 @@ from steer_server.generation import SlotLoad
 from steer_server.program import Program
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
+from steer_server.vllm_plugin.ledger import EditTally, Ledger
 from steer_server.vllm_plugin.report import StepReport
 
 LIVE = "steer_live"
@@ -52,6 +53,7 @@ class Frontend:
         self.dictionaries: dict[str, StoredDictionary] = {}
         self.accounts: dict[str, Account] = {}
         """By vLLM's own request id."""
+        self._ledger = Ledger(self._tell)
         self.load = self._load([0] * len(self.sites), 0)
         self._names: dict[tuple[str, int], str] = {}
         """vLLM's own id by (the caller's id, index among n)."""
@@ -92,6 +94,7 @@ class Frontend:
         self._forget_ended(known)
         ids = request.prompt_token_ids
         account = Account(ids[:length], [program], token_ids=list(ids[length:]))
+        account.settle = self._ledger.settle
         account.wants_distribution = bool(extra.get(DISTRIBUTION))
         self.accounts[request.request_id] = account
         self._names[name, index] = request.request_id
@@ -148,11 +151,17 @@ class Frontend:
 
     def _enter(self, content: Mapping[str, Any]) -> None:
         self.load = self._load(*content["load"])
-        for report in content["reports"]:
-            for vllm_id, result in StepReport.from_wire(report).by_request().items():
+        for report in map(StepReport.from_wire, content["reports"]):
+            self._ledger.enter(report)
+            for vllm_id, result in report.by_request().items():
                 account = self.accounts.get(vllm_id)
                 if account is not None:
                     account.inbox.append(result)
+
+    def _tell(self, vllm_id: str, tally: EditTally) -> None:
+        account = self.accounts.get(vllm_id)
+        if account is not None:
+            account.enter(tally)
 
     def _load(self, used: Sequence[int], held: int) -> SlotLoad:
         names = map(str, self.sites)
@@ -178,12 +187,13 @@ class Frontend:
 
     def _forget_ended(self, known: Mapping[str, Any]) -> None:
         ended = self.accounts.keys() - known.keys()
+        if not ended:
+            return
+        # Who holds such an account may not have closed it yet.
+        self._ledger.settle()
         for vllm_id in ended:
             del self.accounts[vllm_id]
-        if ended:
-            self._names = {
-                key: vllm_id for key, vllm_id in self._names.items() if vllm_id not in ended
-            }
+        self._names = {key: vllm_id for key, vllm_id in self._names.items() if vllm_id not in ended}
 
 
 def attach(processor: Any, frontend: Frontend) -> None:

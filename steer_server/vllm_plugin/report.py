@@ -22,19 +22,6 @@ class RevisionStart(NamedTuple):
     position: int
 
 
-class EditTally(NamedTuple):
-    """What the edits of one revision did on `rows` rows, all in their scope; arrays align with `edits`."""
-
-    revision: int
-    rows: int
-    edits: NDArray[np.uint32]
-    changed: NDArray[np.uint32]
-    """Rows on which the activation changed."""
-    total_size: NDArray[np.float32]
-    """Sum over the rows of |delta| / |x|, of this edit alone."""
-    max_size: NDArray[np.float32]
-
-
 @dataclass
 class StepResult:
     """What steps did for one request, gathered until a token carries it home."""
@@ -42,7 +29,6 @@ class StepResult:
     applied: list[RevisionStart] = field(default_factory=list)
     skipped: list[tuple[int, int]] = field(default_factory=list)
     """Runs of positions taken from the prefix cache."""
-    tallies: list[EditTally] = field(default_factory=list)
     rows: list[ActivationRows] = field(default_factory=list)
     encode_seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""
@@ -53,17 +39,35 @@ class StepResult:
     """Tokens past the program's limit, summed over sites."""
 
 
-class EditBlock(NamedTuple):
-    """Tallies of the runs of one site; run i has `entries[i]` edits in the flat arrays below."""
+class EditRuns(NamedTuple):
+    """Which edits ran on which rows at one site; run i has `entries[i]` of the edits in `edit`."""
 
     request: NDArray[np.int32]
     """Index into the report's requests."""
     revision: NDArray[np.int32]
     rows: NDArray[np.int32]
     entries: NDArray[np.int32]
-    edit: NDArray[np.uint32]
+    edit: NDArray[np.int32]
+    """Index into the revision's edits."""
+
+    def pack(self) -> bytes:
+        return np.concatenate([[len(self.request)], *self]).astype(np.int32).tobytes()
+
+    @classmethod
+    def unpack(cls, content: bytes) -> "EditRuns":
+        n_runs, *_ = numbers = np.frombuffer(content, np.int32)
+        return cls(*numbers[1 : 1 + 4 * n_runs].reshape(4, n_runs), numbers[1 + 4 * n_runs :])
+
+
+class EditBlock(NamedTuple):
+    """What the edits of one site did in a step; the arrays align with `EditRuns.edit`."""
+
+    runs: bytes
+    """`EditRuns`, packed: the same from step to step while the batch is."""
     changed: NDArray[np.uint32]
+    """Rows on which the activation changed."""
     total_size: NDArray[np.float32]
+    """Sum over the rows of |delta| / |x|, of this edit alone."""
     max_size: NDArray[np.float32]
 
 
@@ -109,7 +113,7 @@ class StepReport:
             self.errors,
             self.too_large,
             self.limited,
-            [[array.tobytes() for array in block] for block in self.edits],
+            [[block.runs, *(array.tobytes() for array in block[1:])] for block in self.edits],
             [
                 [
                     block.dictionary,
@@ -132,12 +136,12 @@ class StepReport:
             [tuple(entry) for entry in errors],
             [tuple(entry) for entry in too_large],
             [tuple(entry) for entry in limited],
-            [_edit_block(block) for block in edits],
+            [_edit_block(*block) for block in edits],
             [_row_block(*block) for block in rows],
         )
 
     def by_request(self) -> dict[str, StepResult]:
-        """The report cut into what each request is owed."""
+        """The report, but for its edits, cut into what each request is owed."""
         found: dict[int, StepResult] = defaultdict(StepResult)
         for request, revision, position in self.applied:
             found[request].applied.append(RevisionStart(revision, position))
@@ -149,35 +153,12 @@ class StepReport:
             found[request].too_large = why
         for request, tokens in self.limited:
             found[request].limited += tokens
-        for block in self.edits:
-            for request, tally in _tallies(block):
-                found[request].tallies.append(tally)
         for block in self.rows:
             for request, rows in _rows(block):
                 found[request].rows.append(rows)
                 seconds = found[request].encode_seconds
                 seconds[block.dictionary] = seconds.get(block.dictionary, 0.0) + block.seconds
         return {self.requests[request]: result for request, result in found.items()}
-
-
-def _tallies(block: EditBlock) -> Iterable[tuple[int, EditTally]]:
-    ends = np.cumsum(block.entries).tolist()
-    lists = (block.request, block.revision, block.rows, block.entries)
-    for request, revision, rows, entries, end in zip(
-        *(array.tolist() for array in lists), ends, strict=True
-    ):
-        part = slice(end - entries, end)
-        yield (
-            request,
-            EditTally(
-                revision,
-                rows,
-                block.edit[part],
-                block.changed[part],
-                block.total_size[part],
-                block.max_size[part],
-            ),
-        )
 
 
 def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:
@@ -202,11 +183,9 @@ def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:
         row += count
 
 
-def _edit_block(block: list[bytes]) -> EditBlock:
-    request, revision, rows, entries = (np.frombuffer(data, np.int32) for data in block[:4])
-    edit, changed = (np.frombuffer(data, np.uint32) for data in block[4:6])
-    total, largest = (np.frombuffer(data, np.float32) for data in block[6:])
-    return EditBlock(request, revision, rows, entries, edit, changed, total, largest)
+def _edit_block(runs: bytes, changed: bytes, total_size: bytes, max_size: bytes) -> EditBlock:
+    sizes = (np.frombuffer(data, np.float32) for data in (total_size, max_size))
+    return EditBlock(runs, np.frombuffer(changed, np.uint32), *sizes)
 
 
 def _row_block(

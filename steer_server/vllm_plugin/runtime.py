@@ -183,7 +183,7 @@ class Runtime:
         positions = layout.positions(step.starts)
         for number, edits in layout.edits.items():
             outcome = Outcome(*step.outcomes[number].wait()) if number in step.outcomes else None
-            if outcome is None or bool((outcome.x_norm < 0).any()):
+            if outcome is None or (outcome.x_norm.numpy() < 0).any():
                 missed = {run.request for run in edits.runs}
                 report.errors += [
                     (r, f"the op did not run at site number {number}") for r in missed
@@ -196,7 +196,7 @@ class Runtime:
         missed = [request for reading in step.missed for request in reading.requests]
         for reading, transfer, seconds in step.encoded:
             mark, *encoded = transfer.wait()
-            if mark.isnan().any():
+            if np.isnan(mark.numpy()).any():
                 missed += reading.requests
             report.rows.append(reading.block(encoded, positions, seconds))
         report.errors += [(request, "the op did not run for a read-out") for request in missed]

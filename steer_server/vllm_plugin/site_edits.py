@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer_server.program import MAX_RELATIVE_SIZE, Oversize, Program
-from steer_server.vllm_plugin.report import EditBlock
+from steer_server.vllm_plugin.report import EditBlock, EditRuns
 
 
 class Bounds(NamedTuple):
@@ -178,7 +178,7 @@ class SiteEdits:
             largest = np.maximum.reduceat(total, self._starts, axis=0)
             total = np.add.reduceat(total, self._starts, axis=0)
         block = EditBlock(
-            *self._fixed, self._reported(changed), self._reported(total), self._reported(largest)
+            self._packed, self._reported(changed), self._reported(total), self._reported(largest)
         )
         too_large = [] if applied.all() else self._too_large(outcome, positions)
         return Collected(block, too_large, limited)
@@ -246,8 +246,7 @@ class SiteEdits:
         return np.arange(self.lines.slot.shape[1]) < entries[:, None]
 
     @cached_property
-    def _fixed(self) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
-        """The columns of the block that do not depend on the outcome."""
+    def _packed(self) -> bytes:
         runs = [self.runs[i] for i in self._fresh]
         columns = (
             [run.request for run in runs],
@@ -256,8 +255,8 @@ class SiteEdits:
             [len(run.entries.slot) for run in runs],
         )
         indices = [run.entries.indices for run in runs] or [np.empty(0, np.uint32)]
-        request, revision, rows, entries = (np.array(column, np.int32) for column in columns)
-        return request, revision, rows, entries, np.concatenate(indices)
+        numbers = (np.array(column, np.int32) for column in (*columns, np.concatenate(indices)))
+        return EditRuns(*numbers).pack()
 
 
 def _why(bounds: Bounds, size: float, position: int) -> str:

@@ -36,6 +36,7 @@ from steer_server.program import Condition, FeatureEdit, Oversize, Program, Read
 from steer_server.program_json import to_json
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.bank import Slots
+from steer_server.vllm_plugin.ledger import Ledger
 from steer_server.vllm_plugin.report import StepReport, StepResult
 from steer_server.vllm_plugin.runtime import Runtime
 from tests.unit.strategies import (
@@ -104,12 +105,13 @@ class Batch:
     def __init__(self, runtime: Runtime, seed: int) -> None:
         self.runtime, self.seed = runtime, seed
         self.accounts: dict[str, Account] = {}
+        self.ledger = Ledger(lambda name, tally: self.accounts[name].enter(tally))
         self.results: dict[str, list[StepResult]] = {}
         self.edited: dict[tuple[str, int, int], Tensor] = {}
 
     def admit(self, name: str, prompt_length: int, program: Program) -> None:
         tokens = [self.token(name, position) for position in range(prompt_length)]
-        self.accounts[name] = Account(tokens, [program])
+        self.accounts[name] = Account(tokens, [program], settle=self.ledger.settle)
         self.results[name] = []
         content = {"program": to_json(program), "prompt_length": prompt_length}
         self.runtime.admit(name, content)
@@ -137,7 +139,9 @@ class Batch:
         step = self.runtime.end_step()
         if step is None:
             return {}
-        return StepReport.from_wire(self.runtime.report(step)).by_request()
+        report = StepReport.from_wire(self.runtime.report(step))
+        self.ledger.enter(report)
+        return report.by_request()
 
     def step(self, rows: Sequence[tuple[str, int, int]], padding: int = 0) -> None:
         """One forward pass over (request, first position, count)."""
@@ -285,6 +289,7 @@ def test_chunks_of_one_size_are_not_taken_for_more_of_the_same(
     for position in range(16):
         x, change = batch.x("r", 0, position), change_at(saved, program, batch, "r", 0, position)
         torch.testing.assert_close(batch.edited["r", 0, position], x + change)
+    batch.ledger.settle()
     (report,) = batch.accounts["r"]._totals[0].reports(0)
     assert report.tokens_in_scope == 15
 

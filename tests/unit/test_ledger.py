@@ -1,0 +1,67 @@
+"""Tallies of many steps, added up as wholes, are each request's own sums."""
+
+from collections import defaultdict
+
+import numpy as np
+
+from steer_server.vllm_plugin.ledger import EditTally, Ledger
+from steer_server.vllm_plugin.report import EditBlock, EditRuns, StepReport
+
+
+class Requests(dict[str, list[int]]):
+    """[rows, changed, total size, largest size] by request, as they were told."""
+
+    def enter(self, name: str, tally: EditTally) -> None:
+        sums = self.setdefault(name, [0, 0, 0, 0])
+        sums[0] += tally.rows
+        sums[1] += int(tally.changed.sum())
+        sums[2] += int(tally.total_size.sum())
+        sums[3] = max(sums[3], int(tally.max_size.max()))
+
+
+def report(step: int, names: list[str]) -> StepReport:
+    """Each request has one run of two rows and as many edits as its place in the batch, and one."""
+    n = len(names)
+    entries = np.arange(1, n + 1, dtype=np.int32)
+    edits = np.concatenate([np.arange(k) for k in entries]).astype(np.int32)
+    of_request = np.arange(n, dtype=np.int32)
+    runs = EditRuns(of_request, 0 * of_request, 0 * of_request + 2, entries, edits)
+    numbers = (np.arange(len(edits)) + step) % 7
+    sizes = numbers.astype(np.float32)
+    return StepReport(
+        names, edits=[EditBlock(runs.pack(), numbers.astype(np.uint32), sizes, sizes)]
+    )
+
+
+def test_what_steps_add_up_to_is_what_each_request_had() -> None:
+    found, expected = Requests(), defaultdict(lambda: [0, 0, 0, 0])
+    ledger = Ledger(found.enter)
+    for step in range(150):
+        names = ["a", "b"] if step % 50 < 30 else ["b", "c", "a"]
+        ledger.enter(StepReport.from_wire(report(step, names).to_wire()))
+        first = 0
+        for place, name in enumerate(names):
+            numbers = [(i + step) % 7 for i in range(first, first + place + 1)]
+            first += place + 1
+            sums = expected[name]
+            sums[0] += 2
+            sums[1] += sum(numbers)
+            sums[2] += sum(numbers)
+            sums[3] = max(sums[3], *numbers)
+    told = {name: list(sums) for name, sums in found.items()}
+    ledger.settle()
+
+    assert found == expected
+    # A long generation does not pile its steps up until the end.
+    assert told
+    assert told != expected
+
+
+def test_nothing_is_handed_over_twice() -> None:
+    found = Requests()
+    ledger = Ledger(found.enter)
+    ledger.enter(report(1, ["a"]))
+    ledger.settle()
+    ledger.settle()
+
+    assert found["a"][0] == 2
