@@ -51,9 +51,9 @@ class Ledger:
     def _split(self, requests: list[str], blocks: list[EditBlock]) -> None:
         """Blocks of the same requests and runs."""
         runs = EditRuns.unpack(blocks[0].runs)
-        changed = np.sum([block.changed for block in blocks], axis=0, dtype=np.uint32)
-        total = np.sum([block.total_size for block in blocks], axis=0)
-        largest = np.max([block.max_size for block in blocks], axis=0)
+        changed = np.stack([block.changed for block in blocks]).sum(axis=0, dtype=np.uint32)
+        total = np.stack([block.total_size for block in blocks]).sum(axis=0)
+        largest = np.stack([block.max_size for block in blocks]).max(axis=0)
         end = 0
         for request, revision, rows, entries in zip(*(a.tolist() for a in runs[:4]), strict=True):
             part = slice(end, end := end + entries)

@@ -55,8 +55,10 @@ class EditRuns(NamedTuple):
 
     @classmethod
     def unpack(cls, content: bytes) -> "EditRuns":
-        n_runs, *_ = numbers = np.frombuffer(content, np.int32)
-        return cls(*numbers[1 : 1 + 4 * n_runs].reshape(4, n_runs), numbers[1 + 4 * n_runs :])
+        numbers = np.frombuffer(content, np.int32)
+        runs = int(numbers[0])
+        request, revision, rows, entries = numbers[1 : 1 + 4 * runs].reshape(4, runs)
+        return cls(request, revision, rows, entries, numbers[1 + 4 * runs :])
 
 
 class EditBlock(NamedTuple):
