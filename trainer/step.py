@@ -109,12 +109,7 @@ def untied(n_features: int, d_model: int, mean: Tensor, generator: torch.Generat
 
 def encode(x: Tensor, W: Tensor, bias: Tensor, precision: Precision) -> Tensor:
     """x W^T + bias of all members in one product, [members, tokens, features]; x may be one for all."""
-    x = x.expand(len(W), -1, -1)
-    if precision != "float32":
-        return product(x, W.mT, precision).add_(bias[:, None])
-    if len(W) == 1:
-        return torch.addmm(bias[0], x[0], W[0].T)[None]
-    return torch.baddbmm(bias[:, None], x, W.mT)
+    return product(x.expand(len(W), -1, -1), W.mT, precision, bias)
 
 
 def move_with_centre(p: Stack, gradients: Stack) -> None:

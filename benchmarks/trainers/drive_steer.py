@@ -9,6 +9,7 @@ from gate import Gate
 from torch import Tensor
 
 from steer_server.dictionary.site import Site
+from trainer.allocator import keep_freed_memory
 from trainer.config import from_mapping
 from trainer.harvest import Activations
 from trainer.stop import Stop
@@ -29,6 +30,8 @@ class Gated(Activations):
 
 
 def main() -> None:
+    # As the command line does.
+    keep_freed_memory()
     gate = Gate()
     job = gate.job
     per_epoch = len(gate.x) // job["batch"]

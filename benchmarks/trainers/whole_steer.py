@@ -7,6 +7,7 @@ from pathlib import Path
 from whole import Whole
 
 from steer_server.dictionary.site import Site
+from trainer.allocator import keep_freed_memory
 from trainer.config import from_mapping
 from trainer.harvest import TOKENS, harvest
 from trainer.stop import Stop
@@ -14,6 +15,8 @@ from trainer.train import train
 
 
 def main() -> None:
+    # As the command line does.
+    keep_freed_memory()
     whole = Whole()
     job = whole.job
     config = from_mapping(

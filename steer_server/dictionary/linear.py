@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_WIDE = 2**18
+WIDE = 2**18
 """Weights from which on oneDNN is faster; below, its call costs more than it saves."""
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -24,7 +24,7 @@ def linear(
         _ONEDNN
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and weight.numel() >= _WIDE
+        and weight.numel() >= WIDE
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     ):
         how = "relu" if relu else "none"
