@@ -71,6 +71,7 @@ class Stack:
         self.threshold = torch.zeros(len(configs), device=device())
         self._memory = min(_MEMORY, max(0.0, 1 - 10 / steps))
         self._guess = torch.zeros(len(configs), device=device())
+        """What BatchTopK's next threshold hardly falls below; it decides in which order sums are taken."""
         self._alpha = torch.tensor([config.alpha for config in configs], device=device())
         self._now = torch.zeros((), dtype=torch.int64, device=device())
         """The step, for the device."""
@@ -251,7 +252,7 @@ class Stack:
         """What a checkpoint keeps; TrainerError if there is nothing worth keeping."""
         self.check()
         found = {f"p.{name}": value for name, value in self.parameters.items()}
-        found |= {"quiet": self.quiet, "threshold": self.threshold}
+        found |= {"quiet": self.quiet, "threshold": self.threshold, "guess": self._guess}
         for member, slices in enumerate(self._slices):
             for name, parameter in slices.items():
                 for key, value in self._optimiser.state[parameter].items():
@@ -266,6 +267,7 @@ class Stack:
             value.copy_(tensors[f"p.{name}"])
         self.quiet.copy_(tensors["quiet"])
         self.threshold.copy_(tensors["threshold"])
+        self._guess.copy_(tensors["guess"])
         for member, slices in enumerate(self._slices):
             for name, parameter in slices.items():
                 kept = f"adam.{member}.{name}."

@@ -54,9 +54,9 @@ def sweep(config: TrainConfig) -> list[TrainConfig]:
     for number, name in enumerate(ARCHITECTURES):
         by_k = isinstance(ARCHITECTURES[name], TopK)
         for member in range(2):
-            sparsity = {"k": 3 + member} if by_k else {"alpha": 0.01 * (member + 1)}
+            sparsity = {"k": 1 + member} if by_k else {"alpha": 0.01 * (member + 1)}
             out = f"{config.out}-{number}-{member}"
-            change = {"warmup": 10, "decay": 0.2, "clip": 1.0, "dead_after": 200}
+            change = {"warmup": 10, "decay": 0.2, "clip": 1.0, "dead_after": config.batch}
             chosen = {"architecture": name, "out": out, "seed": member, "k": 0, "alpha": 0.0}
             found.append(replace(config, **change, **(chosen | sparsity)))
     return found
@@ -88,6 +88,9 @@ def test_training_broken_off_twice_ends_in_the_same_bytes(
     assert (tmp_path / "broken" / METRICS).read_text() == (
         tmp_path / "unbroken" / METRICS
     ).read_text()
+    lines = [json.loads(line) for line in (tmp_path / "broken" / METRICS).open()]
+    with_dead = {line["out"] for line in lines if line["step"] > 70 and line["dead_share"] > 0}
+    assert with_dead >= {own.out for own in configs if own.k == 1}, "AuxK had no work"
 
 
 def test_metrics_written_after_the_checkpoint_are_not_written_twice(
