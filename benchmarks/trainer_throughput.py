@@ -108,7 +108,9 @@ CASES = {
         alphas=ALPHAS,
     ),
 }
-PRODUCTS = (Contestant(TORCH, "encode", "encode"), Contestant(TORCH, "square", "square"))
+PRODUCTS = tuple(
+    Contestant(TORCH, kind, kind) for kind in ("encode", "encode oneDNN", "square", "square oneDNN")
+)
 
 
 def main() -> None:
