@@ -91,5 +91,6 @@ bench: model ## benchmarks; results as JSON in build/
 
 bench-trainers: model corpus ## the trainer against SAELens, sparsify and dictionary_learning (5 GB, hours)
 	$(BIN)/python benchmarks/trainer_throughput.py --json build/trainer_throughput.json
+	$(BIN)/python benchmarks/trainer_profile.py --json build/trainer_profile.json
 	$(BIN)/python benchmarks/trainer_end_to_end.py --json build/trainer_end_to_end.json
 	$(BIN)/python benchmarks/trainer_quality.py --json build/trainer_quality.json

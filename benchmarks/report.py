@@ -18,6 +18,7 @@ PAGES = {
         "serving_overhead",
         "api_overhead",
         "trainer_throughput",
+        "trainer_profile",
         "trainer_end_to_end",
         "trainer_quality",
     ),
@@ -132,6 +133,29 @@ def trainer_throughput() -> str:
         f"| {row} | {' | '.join(cells.get(case, '') for case in cases)} |"
         for row, cells in rows.items()
     ]
+    return "\n".join(lines)
+
+
+def trainer_profile() -> str:
+    """What our step is made of and how far it is from its floor, a row a case."""
+    path = RESULTS / "trainer_profile.json"
+    if not path.exists():
+        return _UNMEASURED
+    result = json.loads(path.read_text())
+    lines = [
+        f"Batches of {result['batch']:,}, {result['threads']} threads, peak {result['peak_gflop_per_second']:.0f} GFLOP/s; "
+        f"{result['hardware']}; torch {result['versions']['torch']}; {result['date']}:",
+        "",
+        "| | step | floor | wide products | products over active features | all else | wide products only, over the floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, found in result["cases"].items():
+        parts = found["parts_ms"]
+        times = (found["ms"], found["floor_ms"], parts["products"], parts["sparse"], parts["rest"])
+        cells = [f"{ms:,.0f} ms" for ms in times]
+        lines.append(
+            f"| {TRAINER_CASES[case]} | {' | '.join(cells)} | {found['ideal_ratio']:.2f} |"
+        )
     return "\n".join(lines)
 
 

@@ -74,14 +74,18 @@ def edits(count: int, first: int = 0) -> tuple[FeatureEdit, ...]:
 
 
 LOADS = {
-    "batch_1": (Workload(1, PROMPT_TOKENS, 48), cases()),
-    "batch_16": (Workload(16, PROMPT_TOKENS, 48), cases()),
+    "batch_1": (Workload(1, PROMPT_TOKENS, 32), cases()),
+    "batch_16": (Workload(16, PROMPT_TOKENS, 32), cases()),
     "prompt_1x512": (Workload(1, 512, 1), cases()),
     "prompt_16x32": (Workload(16, 32, 1), cases()),
     "batch_64": (
         Workload(64, PROMPT_TOKENS, 24),
         # Each request edits other features by other strengths.
-        {"null": PLAIN, "programs64": [Program(edits(4, 4 * number)) for number in range(64)]},
+        {
+            "null": PLAIN,
+            "idle": [Program()],
+            "programs64": [Program(edits(4, 4 * number)) for number in range(64)],
+        },
     ),
 }
 
