@@ -2,8 +2,9 @@
 
 The engines are up at once and take turns, round by round and in alternating order, so that a noisy machine is noisy
 to both. Each of `ratios` is the median over rounds of (time of plain vLLM / time of the case): 1.00 is free, 0.95 costs
-5 %. `null` is plain vLLM against itself in the same way: how far from 1.00 the machine's noise alone goes. `serve_idle`
-is `vllm serve` with the plugin and a dictionary, and no request that asks for anything.
+5 %. `null` is plain vLLM against itself in the same way: how far from 1.00 the machine's noise alone goes. One process
+may be faster than another all its life, by where its memory lies: `idle` is steer's, without a program. `serve_idle` is
+`vllm serve` with the plugin and a dictionary, and no request that asks for anything.
 
 `without_own_time` is the same quantity by another clock, which noise hardly moves: 1 less the share of the case's time
 in which steer's own code ran, in the engine's process and in the front-end's (see own_time.py, also for what it leaves
