@@ -245,6 +245,7 @@ TABLES = {
     "serving_overhead": serving_overhead,
     "api_overhead": api_overhead,
     "trainer_throughput": trainer_throughput,
+    "trainer_profile": trainer_profile,
     "trainer_end_to_end": trainer_end_to_end,
     "trainer_quality": trainer_quality,
 }

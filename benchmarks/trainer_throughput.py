@@ -12,7 +12,8 @@ taken within a round; a table has their medians, the JSON their ranges as well.
 All of them: the model's resid_post.10, width 576, batches of 2,048, float32 without autocast, the same number of threads,
 the same release of torch, no logging. Of the rest, each library has what its makers recommend:
 
-    steer                defaults; checkpoints and metrics as always
+    steer                defaults; checkpoints and metrics as always; its process, and those of bare products, keep freed
+                         memory, as `python -m trainer` does
     SAELens              lr 3e-4, activations scaled by expected_average_only_in; top_k twice, as by default and with
                          use_sparse_activations, which on a CPU needs rescale_acts_by_decoder_norm = False
     sparsify             defaults: signum with schedule-free momentum, FVU loss; has neither BatchTopK nor L1

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 from trainer import help_texts
-from trainer.allocator import keep_freed_memory
 from trainer.errors import Interrupted, SteerError
 from trainer.paper import commands as paper
 
@@ -18,7 +17,6 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 done, 1 an error told on stderr, 130 interrupted and resumable."""
     options = parser().parse_args(arguments)
-    keep_freed_memory()
     # Under torchrun a message says whose it is.
     rank = os.environ.get("RANK", "0")
     who = f"process {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""

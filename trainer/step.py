@@ -108,7 +108,7 @@ def untied(n_features: int, d_model: int, mean: Tensor, generator: torch.Generat
 
 
 def encode(x: Tensor, W: Tensor, bias: Tensor, precision: Precision) -> Tensor:
-    """x W^T + bias of all members in one product, [members, tokens, features]; x may be one for all."""
+    """x W^T + bias of all members, [members, tokens, features]; x may be one for all."""
     return product(x.expand(len(W), -1, -1), W.mT, precision, bias)
 
 

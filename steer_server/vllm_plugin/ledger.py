@@ -19,7 +19,7 @@ class EditTally(NamedTuple):
     edits: NDArray[np.int32]
     changed: NDArray[np.uint32]
     """As in `EditBlock`, as are the others."""
-    total_size: NDArray[np.float32]
+    total_size: NDArray[np.float64]
     max_size: NDArray[np.float32]
 
 
@@ -29,30 +29,30 @@ class Ledger:
     def __init__(self, hand_over: Callable[[str, EditTally], None]) -> None:
         """`hand_over` gets each tally with vLLM's id of the request."""
         self._hand_over = hand_over
-        self._steps: list[tuple[list[str], EditBlock]] = []
+        self._steps: list[StepReport] = []
 
     def enter(self, report: StepReport) -> None:
-        self._steps += [(report.requests, block) for block in report.edits]
+        if report.edits:
+            self._steps.append(report)
         if len(self._steps) >= _STEPS_AT_ONCE:
             self.settle()
 
     def settle(self) -> None:
         """Hands over all that came in."""
-        alike: dict[tuple[bytes, ...], list[EditBlock]] = {}
-        requests_of = {}
-        for requests, block in self._steps:
-            key = block.runs, *map(str.encode, requests)
-            requests_of[key] = requests
-            alike.setdefault(key, []).append(block)
+        alike: dict[tuple[bytes, tuple[str, ...]], list[EditBlock]] = {}
+        for report in self._steps:
+            requests = tuple(report.requests)
+            for block in report.edits:
+                alike.setdefault((block.runs, requests), []).append(block)
         self._steps.clear()
-        for key, blocks in alike.items():
-            self._split(requests_of[key], blocks)
+        for (_, requests), blocks in alike.items():
+            self._split(requests, blocks)
 
-    def _split(self, requests: list[str], blocks: list[EditBlock]) -> None:
+    def _split(self, requests: tuple[str, ...], blocks: list[EditBlock]) -> None:
         """Blocks of the same requests and runs."""
         runs = EditRuns.unpack(blocks[0].runs)
         changed = np.stack([block.changed for block in blocks]).sum(axis=0, dtype=np.uint32)
-        total = np.stack([block.total_size for block in blocks]).sum(axis=0)
+        total = np.stack([block.total_size for block in blocks]).sum(axis=0, dtype=np.float64)
         largest = np.stack([block.max_size for block in blocks]).max(axis=0)
         end = 0
         for request, revision, rows, entries in zip(*(a.tolist() for a in runs[:4]), strict=True):

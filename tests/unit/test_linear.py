@@ -29,7 +29,8 @@ def test_a_wide_product_is_exact_and_onednns(
     rows: int, relu: bool, biased: bool, taken: list[str]
 ) -> None:
     x, weight = normal(1, rows, D).float(), normal(2, FEATURES, D).float()
-    bias = normal(3, FEATURES).float() if biased else None
+    # Every other number, so that it is not contiguous.
+    bias = normal(3, FEATURES, 2).float()[:, 0] if biased else None
 
     z = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     expected = z.clamp(min=0) if relu else z
@@ -48,7 +49,10 @@ def test_it_is_torchs_where_a_gradient_is_wanted_and_where_it_is_small(taken: li
     weight = normal(2, FEATURES, D).float()
     linear(x, weight, relu=True).sum().backward()
     assert x.grad is not None
+    bias = torch.zeros(FEATURES, requires_grad=True)
+    linear(x.detach(), weight, bias).sum().backward()
+    assert bias.grad is not None
     linear(x.detach(), weight[:8])
     linear(x.detach().double(), weight.double())
 
-    assert len(taken) == 3
+    assert len(taken) == 4

@@ -246,3 +246,29 @@ def test_what_is_exported_encodes_and_decodes_as_in_training(name: str) -> None:
 def one(h: Hyper) -> Hyper:
     """For the first member alone."""
     return replace(h, alpha=h.alpha[:1], k=h.k[:1])
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_wide_products_of_every_layout_are_the_products(members: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 40, 256, generator=generator).expand(members, -1, -1)
+    W = torch.randn(members, 1024, 256, generator=generator)
+    f = torch.randn(members, 40, 1024, generator=generator)
+    bias = torch.randn(members, 1024, generator=generator)
+
+    encoded = x.double() @ W.double().mT + bias.double()[:, None]
+    for found, expected in (
+        (product(x, W.mT, "float32", bias), encoded),
+        (product(x, W.mT, "float32"), encoded - bias[:, None]),
+        (product(f, W, "float32"), f.double() @ W.double()),
+        (
+            product(f[:, :, 5:700], W[:, 5:700], "float32"),
+            f[..., 5:700].double() @ W[:, 5:700].double(),
+        ),
+        (product(f.mT, x, "float32"), f.double().mT @ x.double()),
+        (
+            product(x, W.mT, "bfloat16", bias),
+            x.bfloat16().double() @ W.bfloat16().double().mT + bias.double()[:, None],
+        ),
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)

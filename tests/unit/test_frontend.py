@@ -1,0 +1,52 @@
+"""What the front-end keeps of requests that vLLM is done with."""
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+from steer_server.dictionary.edits import Ablate
+from steer_server.program import FeatureEdit, Program
+from steer_server.vllm_plugin import KEY
+from steer_server.vllm_plugin.account import Account
+from steer_server.vllm_plugin.frontend import Frontend
+from steer_server.vllm_plugin.report import EditBlock, EditRuns, StepReport
+from tests.unit.serving import NAME, small_dictionary
+
+
+def request(name: str) -> EngineCoreRequest:
+    program = Program((FeatureEdit(NAME, Ablate(1)),))
+    return EngineCoreRequest(
+        request_id=name,
+        prompt_token_ids=[5, 6, 7, 8],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=4, extra_args={KEY: program}),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+def report(name: str) -> StepReport:
+    """Of a step in which the edit ran on the prompt but for position 0."""
+    runs = EditRuns(*np.array([[0], [0], [3], [1], [0]], np.int32))
+    numbers = np.array([2], np.uint32), np.array([0.5], np.float32), np.array([0.3], np.float32)
+    return StepReport([name], edits=[EditBlock(runs.pack(), *numbers)])
+
+
+def test_an_account_closes_whole_after_its_request_was_forgotten() -> None:
+    stored = small_dictionary()
+    accounts: dict[str, Account] = {}
+    frontend = Frontend([stored.card.site], 8, accounts.__setitem__)
+    frontend.dictionaries[NAME] = stored
+    frontend.admit(request("slow reader"), 0, {})
+    # The second is of a request that nobody knows any more.
+    for name in ("slow reader", "aborted"):
+        frontend._enter({"load": ([1], 0), "reports": [report(name).to_wire()]})
+    frontend.admit(request("next"), 0, {"next": None})
+
+    assert list(frontend.accounts) == ["next"]
+    (edit,) = accounts["slow reader"].close()
+    assert (edit.tokens_in_scope, edit.tokens_changed) == (3, 2)
+    assert np.isclose(edit.mean_relative_size, 0.5 / 3)
