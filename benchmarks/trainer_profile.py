@@ -65,13 +65,13 @@ def measured(
 ) -> dict[str, Any]:
     """A step's time, its parts and its floor, after `warmup` steps of a sweep."""
     stack = Stack(_configs(options, case, len(x)), x.mean(dim=0), MANY_STEPS)
-    batches = x.split(options.batch)
+    batches = x[: len(x) // options.batch * options.batch].split(options.batch)
     warmup = options.warmup if case.alphas else min(options.warmup, 4)
     seconds = []
     outcome = None
     for number in tqdm(range(warmup + options.rounds), desc=name, unit=" steps"):
         began = time.perf_counter()
-        outcome = stack.advance(batches[number % (len(batches) - 1)])
+        outcome = stack.advance(batches[number % len(batches)])
         seconds.append(time.perf_counter() - began)
     assert outcome is not None
     with profile(activities=[ProfilerActivity.CPU]) as seen:

@@ -23,8 +23,8 @@ def linear(
 ) -> Float[Tensor, "*rows features"]:
     """x W^T + b, or ReLU of it, which may take what is no number for 0.
 
-    On a CPU torch multiplies float32 by MKL, which leaves a third of an AMD's arithmetic unused, and streams a wide matrix
-    at a third of the speed of memory for a few rows. The oneDNN in torch does neither; torch.compile calls it by this op.
+    On a CPU torch multiplies float32 by MKL, which on an AMD is slower than the oneDNN in torch, at few rows by half
+    (`benchmarks/trainer_throughput.py` has both at many). torch.compile calls oneDNN by this op.
     """
     wanted = (t for t in (x, weight, bias) if t is not None)
     if (
