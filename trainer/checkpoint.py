@@ -56,6 +56,10 @@ def restore(groups: Sequence[Stack], folder: Path, ranks: Ranks) -> int:
                     group.restore(
                         step, {n.removeprefix(f"{number}."): file.get_tensor(n) for n in names}
                     )
+        except KeyError as error:
+            raise BadCheckpoint(
+                f"{path} lacks {error}, as those of another version do; remove it to begin anew"
+            ) from error
         except Exception as error:
             raise BadCheckpoint(
                 f"{path} cannot be read ({error}); remove it to begin anew"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steer_server.dictionary.files import load
@@ -239,6 +241,21 @@ def test_a_damaged_checkpoint_is_named_and_not_overwritten(
     with pytest.raises(BadCheckpoint, match="remove it to begin anew"):
         train([config], activations, tmp_path / "training", Stop())
     assert (tmp_path / "training" / CHECKPOINT).read_bytes() == b"not a checkpoint"
+
+
+def test_a_checkpoint_of_another_version_is_named_with_what_it_lacks(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    activations = harvested(config, tmp_path / "activations", Stop())
+    train([config], activations, tmp_path / "training", Stop())
+    path = tmp_path / "training" / CHECKPOINT
+    with safe_open(path, framework="pt") as file:
+        state, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del tensors["0.guess"]
+    save_file(tensors, path, state)
+
+    with pytest.raises(BadCheckpoint, match="lacks 'guess'.* remove it to begin anew"):
+        train([config], activations, tmp_path / "training", Stop())
 
 
 def test_a_run_leaves_a_dictionary_whose_card_tells_how_it_was_made(
