@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +48,7 @@ class Generation:
     """W3C trace context, for vLLM's own spans."""
 
 
-@dataclass(frozen=True, eq=False)
-class ActivationRows:
+class ActivationRows(NamedTuple):
     """Sparse activations of one read-out; row i is `positions[i]`, which ascend.
 
     Its features are `features[row_splits[i] : row_splits[i + 1]]`, strongest first for `top_k`, in the order asked

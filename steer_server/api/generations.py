@@ -203,7 +203,7 @@ class Run:
         if not (hidden and output.activations):
             return output
         shown = (rows for rows in output.activations if rows.read_out >= hidden)
-        rows = tuple(replace(rows, read_out=rows.read_out - hidden) for rows in shown)
+        rows = tuple(rows._replace(read_out=rows.read_out - hidden) for rows in shown)
         return replace(output, activations=rows)
 
     def _stopped(self, output: StepOutput, stopped_by: int) -> Finish:

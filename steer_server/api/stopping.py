@@ -76,8 +76,7 @@ class Stopper:
 def _until(rows: ActivationRows, position: int) -> ActivationRows:
     kept = int(np.searchsorted(rows.positions, position, "right"))
     entries = int(rows.row_splits[kept])
-    return replace(
-        rows,
+    return rows._replace(
         positions=rows.positions[:kept],
         row_splits=rows.row_splits[: kept + 1],
         features=rows.features[:entries],

@@ -165,24 +165,24 @@ class StepReport:
 
 def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:
     splits = np.concatenate([[0], np.cumsum(block.counts)]).astype(np.uint32)
-    row = 0
+    ends = splits.tolist()
+    first = 0
     for request, read_out, count in block.wants:
-        part = slice(row, row + count)
-        own = splits[row : row + count + 1]
-        listed = slice(int(own[0]), int(own[-1]))
+        last = first + count
+        listed = slice(ends[first], ends[last])
         yield (
             request,
             ActivationRows(
                 read_out,
                 block.dictionary,
-                block.positions[part],
-                own - own[0],
+                block.positions[first:last],
+                splits[first : last + 1] - splits[first],
                 block.features[listed],
                 block.values[listed],
-                None if block.active is None else block.active[part],
+                None if block.active is None else block.active[first:last],
             ),
         )
-        row += count
+        first = last
 
 
 def _edit_block(runs: bytes, changed: bytes, total_size: bytes, max_size: bytes) -> EditBlock:

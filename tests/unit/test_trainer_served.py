@@ -85,7 +85,7 @@ def test_an_activation_that_is_no_number_is_not_taken_for_0() -> None:
 
     assert table.tolist() == [[0, 0, 0, 0], [0, -6, 0, 5], [7, 0, 0, 0]]
     with pytest.raises(TrainerError, match=r"resid_post\.1 is not finite"):
-        _fill(table, Coordinates(SITE, 0, 4), replace(rows, active=np.array([2, 2], np.uint32)))
+        _fill(table, Coordinates(SITE, 0, 4), rows._replace(active=np.array([2, 2], np.uint32)))
 
 
 def test_a_difference_is_relative_to_the_row() -> None:

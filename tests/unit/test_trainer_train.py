@@ -254,7 +254,7 @@ def test_a_checkpoint_of_another_version_is_named_with_what_it_lacks(
     del tensors["0.guess"]
     save_file(tensors, path, state)
 
-    with pytest.raises(BadCheckpoint, match="lacks 'guess'.* remove it to begin anew"):
+    with pytest.raises(BadCheckpoint, match=r"lacks 'guess'.* remove it to begin anew"):
         train([config], activations, tmp_path / "training", Stop())
 
 
