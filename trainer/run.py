@@ -34,6 +34,10 @@ from trainer.stop import Stop
 from trainer.tokens import SPECIAL_TOKENS, pack
 from trainer.train import METRICS, train
 
+_AT_ONCE = 4
+"""Dictionaries that are finished together: the model runs twice without any for all of them, and a stop costs what was
+done for them."""
+
 
 def run(
     configs: Sequence[TrainConfig],
@@ -72,9 +76,9 @@ def run(
     for source in sources:
         left = [c for c in _of(source, mine) if not (Path(c.out) / CARD).exists()]
         # Where activations cost a run of the model, one run is for all.
-        at_once = len(left) if first.storage == "buffer" else 1
+        at_once = max(1, len(left)) if first.storage == "buffer" else _AT_ONCE
         known: dict[str, Directions] = {}
-        for start in range(0, len(left), max(1, at_once)):
+        for start in range(0, len(left), at_once):
             some = [
                 (c, made.get(c.out) or fit(c, source, stop, known))
                 for c in left[start : start + at_once]

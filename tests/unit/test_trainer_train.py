@@ -1,6 +1,7 @@
 """The trainer end to end on a tiny random Llama: loss, resumption, harvest, artefact."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -454,10 +455,13 @@ def test_dictionaries_of_one_pass_are_what_each_is_alone(
 
 
 def test_a_sweep_is_one_command_and_a_folder_of_dictionaries(
-    config: TrainConfig, tmp_path: Path
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cards = run(sweep(config), tmp_path / "runs", Stop())
 
+    # What the model does without a dictionary is computed once for every four.
+    evaluations = capsys.readouterr().err.count("evaluate:   0%")
+    assert evaluations == math.ceil(len(cards) / 4)
     assert [card.architecture for card in cards] == [c.architecture for c in sweep(config)]
     for card, one in zip(cards, sweep(config), strict=True):
         assert card.quality is not None
