@@ -43,7 +43,9 @@ class FeatureRows(NamedTuple):
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch features"]:
         """The activations at `x`; of a TopK dictionary those before the k largest are chosen."""
-        z = linear(x, self.encoder, self.bias)
+        return self.activate(linear(x, self.encoder, self.bias))
+
+    def activate(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
         return torch.where(z > self.threshold, z, 0.0)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer_server.dictionary import files
 from steer_server.dictionary.dictionary import Dictionary, FeatureRows, keep_largest
-from steer_server.dictionary.linear import linear
+from steer_server.dictionary.linear import linear, packed
 from steer_server.dictionary.site import Site
 from steer_server.errors import CorruptDictionary, DictionaryMismatch, OutOfMemory
 from steer_server.vllm_plugin.bank import Bank, Feature
@@ -27,14 +27,14 @@ class Resident(NamedTuple):
     """Whether no activation is below 0."""
     rectified: bool
     """Whether every threshold is 0."""
+    packed: Tensor | None
+    """The encoder once more, as `linear` likes it best."""
 
     def encode(self, x: Tensor) -> Tensor:
         """As `Dictionary.encode`."""
-        if self.rectified:
-            # A third of the time that a comparison with each threshold takes.
-            f = linear(x, self.rows.encoder, self.rows.bias, relu=True)
-        else:
-            f = self.rows.encode(x)
+        # A ReLU in the product takes a third of the time that a comparison with each threshold does.
+        z = linear(x, self.rows.encoder, self.rows.bias, self.rectified, self.packed)
+        f = z if self.rectified else self.rows.activate(z)
         return keep_largest(f, self.k) if self.k else f
 
     def count_active(self, f: Tensor) -> Tensor:
@@ -97,6 +97,7 @@ class Residents(dict[str, Resident]):
                 dictionary.k,
                 non_negative=bool((rows.threshold >= 0).all()),
                 rectified=bool((rows.threshold == 0).all()),
+                packed=packed(rows.encoder),
             )
 
     def _check_memory(self, name: str, dictionary: Dictionary) -> None:
