@@ -173,8 +173,8 @@ def dead_features(found: Sequence[StoredDictionary]) -> Finding:
         "dictionaries of the residual stream have few dead features, those of MLPs many (section 2, appendix on dead features)",
         more_dead([(dead(mlp), dead(stream)) for mlp, stream in pairs]),
         f"Dead are those with at most {ALIVE} activations over all training tokens; the paper counts over a chunk of 2 GiB, "
-        f"2.1 million tokens for Pythia-70M. Trained alike: {told or 'none are there'}. Rule: more at the MLP in every pair; "
-        "“differs” if in some.",
+        f"2.1 million tokens for Pythia-70M. Trained alike: {told or 'none are there'}. Rule: more at the MLP in every pair, "
+        "by more than twice the square root of their sum; “differs” if in some.",
         [Table(header, rows)],
     )
 

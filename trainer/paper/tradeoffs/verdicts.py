@@ -1,5 +1,6 @@
 """When a claim about trade-offs counts as reproduced."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -26,8 +27,12 @@ def falls(series: Sequence[Sequence[tuple[float, float]]]) -> Verdict:
 
 
 def more_dead(pairs: Sequence[tuple[int, int]]) -> Verdict:
-    """By the dead features of an MLP's dictionary and of the residual stream's trained alike."""
-    more = [mlp > stream for mlp, stream in pairs]
+    """By the dead features of an MLP's dictionary and of the residual stream's trained alike.
+
+    More are those that two such counts differ by seldom: twice the standard deviation of their difference, were they
+    Poisson's.
+    """
+    more = [mlp - stream > 2 * math.sqrt(mlp + stream) for mlp, stream in pairs]
     if not more:
         return Verdict.NOT_MEASURED
     if all(more):
