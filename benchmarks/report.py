@@ -70,7 +70,8 @@ def costs() -> str:
             if case in result[load]["without_own_time"]
         ]
         if shares:
-            lines.append(f"| {name} | {min(shares):.1f} to {max(shares):.1f} % |")
+            ends = dict.fromkeys(f"{share:.1f}" for share in (min(shares), max(shares)))
+            lines.append(f"| {name} | {' to '.join(ends)} % |")
     return "\n".join(lines)
 
 
