@@ -16,11 +16,12 @@ def check_fits(folder: Path, card: Card, available: int | None = None) -> None:
     """OutOfMemory if the dictionary in `folder` does not fit the host; `available` bytes are free, by default as told.
 
     It is in memory twice, here and in the engine's worker, as float32 whatever the file holds; an input scale makes
-    rows of their own here.
+    rows of their own here, and the worker's encoder lies there once more, in oneDNN's order.
     """
     widening = 4 / getattr(torch, card.dtype).itemsize
     copies = 2 if card.input_scale == 1 else 3
-    needed = int((folder / WEIGHTS).stat().st_size * widening * copies)
+    encoder = 4 * card.d_model * card.n_features
+    needed = int((folder / WEIGHTS).stat().st_size * widening * copies) + encoder
     free = available_bytes() if available is None else available
     if needed > free:
         raise OutOfMemory(
