@@ -46,6 +46,7 @@ class FeatureRows(NamedTuple):
         return self.activate(linear(x, self.encoder, self.bias))
 
     def activate(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        """`f` of `z`; of a TopK dictionary as for `encode`."""
         return torch.where(z > self.threshold, z, 0.0)
 
 

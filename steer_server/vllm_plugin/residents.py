@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer_server.dictionary import files
 from steer_server.dictionary.dictionary import Dictionary, FeatureRows, keep_largest
-from steer_server.dictionary.linear import linear, packed
+from steer_server.dictionary.linear import linear, pack
 from steer_server.dictionary.site import Site
 from steer_server.errors import CorruptDictionary, DictionaryMismatch, OutOfMemory
 from steer_server.vllm_plugin.bank import Bank, Feature
@@ -97,7 +97,7 @@ class Residents(dict[str, Resident]):
                 dictionary.k,
                 non_negative=bool((rows.threshold >= 0).all()),
                 rectified=bool((rows.threshold == 0).all()),
-                packed=packed(rows.encoder),
+                packed=pack(rows.encoder),
             )
 
     def _check_memory(self, name: str, dictionary: Dictionary) -> None:

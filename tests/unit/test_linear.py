@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from steer_server.dictionary import linear as module
-from steer_server.dictionary.linear import linear, packed
+from steer_server.dictionary.linear import linear, pack
 from tests.unit.strategies import normal
 
 FEATURES, D = 1024, 256
@@ -40,7 +40,7 @@ def test_a_wide_product_is_exact_and_onednns(
     )
     weight = weight.T.contiguous().T
     assert_close(linear(x, weight, bias, relu), expected.float(), atol=1e-4, rtol=1e-5)
-    again = linear(x, weight, bias, relu, packed(weight))
+    again = linear(x, weight, bias, relu, pack(weight))
     assert_close(again, expected.float(), atol=1e-4, rtol=1e-5)
     if module._ONEDNN:
         assert not taken
@@ -54,8 +54,8 @@ def test_it_is_torchs_where_a_gradient_is_wanted_and_where_it_is_small(taken: li
     bias = torch.zeros(FEATURES, requires_grad=True)
     linear(x.detach(), weight, bias).sum().backward()
     assert bias.grad is not None
-    assert packed(weight[:8]) is None
-    assert packed(weight.double()) is None
+    assert pack(weight[:8]) is None
+    assert pack(weight.double()) is None
     linear(x.detach(), weight[:8])
     linear(x.detach().double(), weight.double())
 
