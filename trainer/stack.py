@@ -336,11 +336,14 @@ def _check_memory(configs: Sequence[TrainConfig], d_model: int, ranks: Ranks) ->
     matrices = 1 if first.architecture == "tied_relu" else 2
     features = ranks.count_own(first.n_features)
     tokens = first.batch // ranks.size if ranks.split_tokens else first.batch
-    needed = 4 * len(configs) * (4 * matrices * features * d_model + 2 * tokens * features)
+    made_anew = 2 * tokens * features
     if device().type == "cuda":
         there = torch.cuda.mem_get_info()[0]
     else:
         there = psutil.virtual_memory().available / ranks.here
+        # It settles at about twice what is held at once (`allocator.py`).
+        made_anew *= 2
+    needed = 4 * len(configs) * (4 * matrices * features * d_model + made_anew)
     # All look before any of them takes memory.
     ranks.meet()
     if needed > there:

@@ -111,6 +111,16 @@ def test_a_width_that_does_not_fit_is_refused_before_anything_is_allocated(
         Stack([wide], torch.zeros(16), 100)
 
 
+def test_what_a_step_makes_anew_counts_twice_on_a_cpu(config: TrainConfig) -> None:
+    """Two tables of 2^20 tokens by 2^16 features, 4 bytes each."""
+    large = replace(
+        config, architecture="top_k", alpha=0.0, k=8, n_features=2**16, batch=2**20, tokens=2**21
+    )
+
+    with pytest.raises(BadConfig, match=r"features need 1024\.0 GiB to train"):
+        Stack([large], torch.zeros(16), 100)
+
+
 def test_a_typing_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.toml").write_text('model = "m"\narchitectur = "top_k"\n')
 
