@@ -341,7 +341,7 @@ def _check_memory(configs: Sequence[TrainConfig], d_model: int, ranks: Ranks) ->
         there = torch.cuda.mem_get_info()[0]
     else:
         there = psutil.virtual_memory().available / ranks.here
-        # It settles at about twice what is held at once (`allocator.py`).
+        # Freed blocks stay, and a process settles at about twice what it holds at once (`allocator.py`).
         made_anew *= 2
     needed = 4 * len(configs) * (4 * matrices * features * d_model + made_anew)
     # All look before any of them takes memory.
