@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
 from steer_server.errors import (
@@ -100,10 +102,10 @@ def wire(
                 f"the edits need {needed} slots at {site}, the engine has {slots}; name fewer features",
                 field="edits",
             )
-    features = program.features()
+    features = program.features
     number = {name: sites.index(dictionaries[name].card.site) for name, _ in features}
     features = sorted((number[name], name, feature) for name, feature in features)
-    return {"program": to_json(program), "features": features}
+    return {"program": msgspec.json.encode(to_json(program)).decode(), "features": features}
 
 
 def check_revisions(
@@ -127,7 +129,7 @@ def check_revisions(
 def _slots_needed(
     programs: Sequence[Program], dictionaries: Dictionaries, sites: list[Site]
 ) -> dict[Site, int]:
-    features = set().union(*(program.features() for program in programs))
+    features = set().union(*(program.features for program in programs))
     needed = dict.fromkeys(sites, 0)
     for name, count in Counter(name for name, _ in features).items():
         needed[dictionaries[name].card.site] += count

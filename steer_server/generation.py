@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -74,8 +75,7 @@ class RevisionApplied:
     first_index: int
 
 
-@dataclass(frozen=True)
-class EditReport:
+class EditReport(NamedTuple):
     """Proof of what one edit did, measured inside the model's forward pass."""
 
     revision: int
@@ -116,8 +116,7 @@ class Finish:
     """Which of the features it was to stop at, with FinishReason.FEATURE."""
 
 
-@dataclass(frozen=True, eq=False)
-class StepOutput:
+class StepOutput(NamedTuple):
     """What one or more engine steps added. Nothing is sent twice."""
 
     first_index: int
@@ -134,7 +133,7 @@ class StepOutput:
     applied: tuple[RevisionApplied, ...] = ()
     cached_tokens: int = 0
     """As in `Finish`."""
-    encode_seconds: dict[str, float] = field(default_factory=dict)
+    encode_seconds: Mapping[str, float] = MappingProxyType({})
     """Time the worker spent encoding for read-outs in these steps, by dictionary, whole batch."""
     finish: Finish | None = None
 

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,11 +53,15 @@ class Scope:
         """Whether it depends on where the prompt ends, once resolved."""
         return self.prompt != self.generated
 
+    @cached_property
+    def _counts_back(self) -> bool:
+        """Whether some position counts from the prompt's end."""
+        ends = [end for window in self.windows for end in window if end is not None]
+        return min((*self.positions, *self.exclude_positions, *ends), default=0) < 0
+
     def resolve(self, prompt_length: int, *, field: str = "scope") -> "Scope":
         """The same with absolute positions; InvalidRequest for one before the prompt's start."""
-
-        ends = [end for window in self.windows for end in window if end is not None]
-        if min((*self.positions, *self.exclude_positions, *ends), default=0) >= 0:
+        if not self._counts_back:
             return self
 
         def absolute(position: int, where: str) -> int:
@@ -91,6 +96,10 @@ class Scope:
         return listed or any(
             first <= position and (end is None or position < end) for first, end in self.windows
         )
+
+
+EVERYWHERE = Scope()
+"""But at position 0. What is known of one object serves all edits that have it."""
 
 
 class Where(NamedTuple):
@@ -156,7 +165,7 @@ class FeatureEdit:
 
     dictionary: str
     edit: Edit
-    scope: Scope = field(default_factory=Scope)
+    scope: Scope = EVERYWHERE
     when: Condition | None = None
 
     def resolve(self, prompt_length: int, *, field: str = "edit") -> "FeatureEdit":
@@ -177,13 +186,6 @@ class FeatureEdit:
         """Where it is to run, once resolved."""
         patch = self.edit.values if isinstance(self.edit, Patch) else None
         return Where(self.scope, None if patch is None else frozenset(p for p, _ in patch))
-
-    def features(self) -> set[tuple[str, int]]:
-        """(dictionary, feature) of all whose activation it needs."""
-        found = {(self.dictionary, self.edit.feature)}
-        if self.when is not None:
-            found.add((self.when.dictionary, self.when.feature))
-        return found
 
 
 @dataclass(frozen=True)
@@ -265,16 +267,22 @@ class Program:
             entry.resolve(prompt_length, field=f"edits[{index}]")
             for index, entry in enumerate(self.edits)
         )
-        return replace(self, edits=edits)
+        moved = any(new is not old for new, old in zip(edits, self.edits, strict=True))
+        return replace(self, edits=edits) if moved else self
 
-    def features(self) -> set[tuple[str, int]]:
+    @cached_property
+    def features(self) -> frozenset[tuple[str, int]]:
         """(dictionary, feature) of all that its edits need at hand in the worker."""
-        return set().union(*(entry.features() for entry in self.edits))
+        conditions = (entry.when for entry in self.edits if entry.when is not None)
+        return frozenset(
+            [(entry.dictionary, entry.edit.feature) for entry in self.edits]
+            + [(when.dictionary, when.feature) for when in conditions]
+        )
 
     def dictionaries(self) -> set[str]:
         """The names of all that it names."""
         read = {read_out.dictionary for read_out in self.read_outs}
-        return read | {name for name, _ in self.features()}
+        return read | {name for name, _ in self.features}
 
     def cache_salt(
         self, hashes: Mapping[str, str], prompt_length: int, nonce: str = ""
@@ -298,14 +306,14 @@ class Program:
         # Blocks made without the limit say nothing of whether it was kept.
         if self.max_relative_size is not None and self.oversize is not Oversize.WARN:
             content += [self.max_relative_size, self.oversize]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()
 
 
-def _canonical(entry: FeatureEdit, hashes: Mapping[str, str]) -> list[str]:
-    """Of texts only, so that any two can be put in order."""
-    when = entry.when
+def _canonical(entry: FeatureEdit, hashes: Mapping[str, str]) -> list[Any]:
+    """Any two can be put in order: those of one kind have values of the same types."""
+    edit, when = entry.edit, entry.when
     condition = "" if when is None else f"{hashes[when.dictionary]} {when.feature} {when.above!r}"
-    return [hashes[entry.dictionary], repr(entry.edit), condition]
+    return [hashes[entry.dictionary], type(edit).__name__, *vars(edit).values(), condition]
 
 
 def _canonical_scope(scope: Scope) -> str:

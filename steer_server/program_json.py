@@ -23,11 +23,20 @@ from steer_server.dictionary.edits import (
 )
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import DictionaryNotFound, InvalidRequest
-from steer_server.program import Condition, FeatureEdit, Oversize, Program, ReadOut, Scope
+from steer_server.program import (
+    EVERYWHERE,
+    Condition,
+    FeatureEdit,
+    Oversize,
+    Program,
+    ReadOut,
+    Scope,
+)
 from steer_server.units import Unit, finite, in_activations
 
 KINDS = ("ablate", "clamp", "scale", "add", "limit", "patch")
 Dictionaries = Mapping[str, StoredDictionary]
+_EDIT_KEYS = {"dictionary", "feature", "scope", "when", *KINDS}
 
 
 def to_json(program: Program) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def _edit_to_json(entry: FeatureEdit) -> dict[str, Any]:
             del found["limit"]["feature"]
         case Patch(_, values):
             found["patch"] = {"values": [list(pair) for pair in values]}
-    if entry.scope != Scope():
+    if entry.scope is not EVERYWHERE and entry.scope != EVERYWHERE:
         found["scope"] = _plain(entry.scope)
     if entry.when is not None:
         found["when"] = _plain(entry.when)
@@ -104,7 +113,7 @@ def _plain(entry: Any) -> dict[str, Any]:
 
 
 def _edit(content: Any, path: str, dictionaries: Dictionaries | None) -> FeatureEdit:
-    table = _object(content, path, {"dictionary", "feature", "scope", "when", *KINDS})
+    table = _object(content, path, _EDIT_KEYS)
     name = _text(table, "dictionary", path)
     feature = _whole(_required(table, "feature", path), f"{path}.feature")
     kinds = [kind for kind in KINDS if kind in table]
@@ -116,7 +125,7 @@ def _edit(content: Any, path: str, dictionaries: Dictionaries | None) -> Feature
         return _amount(table, key, where, name, feature, dictionaries)
 
     edit = _KINDS[kind](feature, table[kind], f"{path}.{kind}", amount)
-    scope = _scope(table["scope"], f"{path}.scope") if "scope" in table else Scope()
+    scope = _scope(table["scope"], f"{path}.scope") if "scope" in table else EVERYWHERE
     when = _condition(table["when"], f"{path}.when") if "when" in table else None
     return FeatureEdit(name, edit, scope, when)
 
@@ -259,10 +268,10 @@ def _read_out(content: Any, path: str) -> ReadOut:
 def _object(content: Any, path: str, known: set[str]) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InvalidRequest(f"{content!r} is not an object", field=path)
-    unknown = sorted(set(content) - known)
+    unknown = content.keys() - known
     if unknown:
         raise InvalidRequest(
-            f"has no {unknown[0]!r}; it takes {', '.join(sorted(known)) or 'nothing'}", field=path
+            f"has no {min(unknown)!r}; it takes {', '.join(sorted(known)) or 'nothing'}", field=path
         )
     return content
 

@@ -9,7 +9,7 @@ from steer.v1 import edits_pb2
 from steer_server.dictionary import edits as domain
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import InvalidRequest, UnknownFeature
-from steer_server.program import Condition, FeatureEdit, Scope
+from steer_server.program import EVERYWHERE, Condition, FeatureEdit, Scope
 from steer_server.registry import Registry
 from steer_server.units import Unit, finite, in_activations
 
@@ -88,7 +88,7 @@ def _read_edit(
 ) -> FeatureEdit:
     stored = registry.get(message.dictionary, field=f"{path}.dictionary")
     check_feature(message.feature, stored, f"{path}.feature")
-    scope, when = Scope(), None
+    scope, when = EVERYWHERE, None
     if message.HasField("scope"):
         scope = _read_scope(message.scope, limits, f"{path}.scope")
     if message.HasField("when"):

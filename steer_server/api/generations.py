@@ -150,7 +150,7 @@ class Run:
                     shown, stopped_by = self._stopper.cut(output)
                     self.generated = shown.first_index + len(shown.token_ids)
                     if stopped_by is not None:
-                        shown = replace(shown, finish=self._stopped(output, stopped_by))
+                        shown = shown._replace(finish=self._stopped(output, stopped_by))
                     if shown.finish:
                         self._observe_reports(shown.finish)
                         reason = shown.finish.reason.value
@@ -204,7 +204,7 @@ class Run:
             return output
         shown = (rows for rows in output.activations if rows.read_out >= hidden)
         rows = tuple(rows._replace(read_out=rows.read_out - hidden) for rows in shown)
-        return replace(output, activations=rows)
+        return output._replace(activations=rows)
 
     def _stopped(self, output: StepOutput, stopped_by: int) -> Finish:
         """The end that the API makes of a generation which the engine would go on with."""

@@ -1,7 +1,6 @@
 """A generation that ends where a feature is active."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -46,8 +45,7 @@ class Stopper:
         position, number = found
         kept = max(0, position + 1 - self._prompt_length - output.first_index)
         token_ids = output.token_ids[:kept]
-        cut = replace(
-            output,
+        cut = output._replace(
             token_ids=token_ids,
             text=self._text_of(token_ids),
             logprobs=output.logprobs[:kept],

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from steer_server.dictionary.dictionary import Dictionary
@@ -152,7 +153,7 @@ class Card:
         """The dictionary's identity: the sha256 of its weights file."""
         return self.files["weights.safetensors"]
 
-    @property
+    @cached_property
     def arithmetic(self) -> str:
         """Digest of everything that decides what an edit does to x: equal for equal results only."""
         parts = [self.sha256, str(self.site), self.activation, self.input_scale, self.center_input]

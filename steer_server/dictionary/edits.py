@@ -109,7 +109,7 @@ def coefficients(edit: Edit, position: int = 0) -> Coefficients:
 
 
 def activation_change(
-    f: Float[Tensor, "tokens features"],
+    f: Float[Tensor, "tokens features"] | None,
     x_norm: Float[Tensor, "tokens 1"],
     table: Coefficients,
     *,
@@ -119,9 +119,13 @@ def activation_change(
     """`f' - f` of the edited features; the coefficients, all tensors, may differ from token to token.
 
     Here `table.share` is over the norm of the decoder row. Exactly 0 where the coefficients ask for nothing. `shared`
-    is False if no edit has a share, `limited` if none has a finite low or high.
+    is False if no edit has a share, `limited` if none has a finite low or high; `f` may be None if, besides, none has
+    a gain.
     """
-    change = torch.addcmul(table.offset, table.gain, f)  # type: ignore[arg-type]
+    if f is None:
+        change = table.offset.expand(len(x_norm), -1)  # type: ignore[union-attr]
+    else:
+        change = torch.addcmul(table.offset, table.gain, f)  # type: ignore[arg-type]
     if shared:
         change = torch.addcmul(change, table.share, x_norm)  # type: ignore[arg-type]
     if limited:

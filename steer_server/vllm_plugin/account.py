@@ -132,8 +132,9 @@ class Account:
         expected = [0] * len(program.edits)
         for where, indices in program.groups.items():
             mask = where.mask(first, max(first, stop), self.prompt_length, ids)
+            rows = int((mask & computed).sum())
             for index in indices:
-                expected[index] = int((mask & computed).sum())
+                expected[index] = rows
         return expected
 
     def _of(self, revision: int) -> _Totals:

@@ -3,7 +3,9 @@
 import heapq
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steer_server.dictionary.dictionary import FeatureRows
@@ -81,10 +83,10 @@ class Bank:
             mine[slot] = theirs[feature]
         self.decoder_norm[slot] = rows.decoder[feature].norm()
 
-    def at(self, slots: Tensor) -> tuple[FeatureRows, Tensor]:
-        """The rows at ascending `slots` and their decoder norms; views if they lie together."""
-        first, last = int(slots[0]), int(slots[-1]) + 1
-        if last - first == len(slots):
-            part = slice(first, last)
+    def at(self, slots: NDArray) -> tuple[FeatureRows, Tensor]:
+        """The rows at `slots` and their decoder norms; views if they lie there in this order."""
+        if (np.diff(slots) == 1).all():
+            part = slice(int(slots[0]), int(slots[-1]) + 1)
             return FeatureRows(*(tensor[part] for tensor in self.rows)), self.decoder_norm[part]
-        return self.rows.take(slots), self.decoder_norm[slots]
+        index = torch.from_numpy(slots).to(self.decoder_norm.device)
+        return self.rows.take(index), self.decoder_norm[index]

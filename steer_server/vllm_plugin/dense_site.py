@@ -24,7 +24,7 @@ class DenseSite:
 
     def prepare(self, edits: SiteEdits | None, before: bool, after: bool, n_rows: int) -> None:
         """From now on passes have `n_rows` rows; x is kept before and after the edits where that is asked for."""
-        self._plan = _Plan(edits, self._bank, self._residents) if edits else None
+        self._plan = _Plan(edits, self._bank, self._residents, n_rows) if edits else None
         self._before, self._after, self._n_rows = before, after, n_rows
 
     def begin(self) -> None:
@@ -35,9 +35,9 @@ class DenseSite:
         """The op's body. Rows past the step's own are padding and left alone."""
         if self._plan is None and not self._before and not self._after:
             return
-        hidden = hidden[: self._n_rows]
-        if residual is not None:
-            residual = residual[: self._n_rows]
+        if len(hidden) > self._n_rows:
+            hidden = hidden[: self._n_rows]
+            residual = None if residual is None else residual[: self._n_rows]
         x = _stream(hidden, residual)
         if self._plan is not None:
             self._pass.outcome = self._plan.apply(x, hidden)
@@ -58,20 +58,23 @@ class _Plan:
     feature of its neighbours alone, that feature's part of its delta is an exact 0.
     """
 
-    def __init__(self, edits: SiteEdits, bank: Bank, residents: Residents) -> None:
+    def __init__(self, edits: SiteEdits, bank: Bank, residents: Residents, n_rows: int) -> None:
         lines = edits.lines
         self._conditional = bool((lines.when_above > -np.inf).any())
         self._limited = bool(np.isfinite(lines.numbers[3:]).any())
+        # What only adds need not know how active a feature is.
+        self._reads = self._conditional or self._limited or bool(lines.numbers[0].any())
         # In a decoding batch most requests often edit the same features: then nothing needs to be gathered.
         self._uniform = not self._conditional and bool((lines.slot == lines.slot[0]).all())
         slots = lines.slot[0] if self._uniform else np.unique([lines.slot, lines.when_slot])
         device = bank.decoder_norm.device
-        if self._uniform:
-            chosen = torch.from_numpy(slots).to(device)
-            self._features, self._norms = bank.rows.take(chosen), bank.decoder_norm[chosen]
+        self._features, self._norms = bank.at(slots)
+        self._rectified = bool((self._features.threshold == 0).all())
+        self._rows: slice | Tensor | None
+        if isinstance(edits.rows, slice):
+            self._rows = None if edits.rows == slice(0, n_rows) else edits.rows
         else:
-            self._features, self._norms = bank.at(torch.from_numpy(slots).to(device))
-        self._rows = edits.rows if isinstance(edits.rows, slice) else edits.rows.to(device)
+            self._rows = edits.rows.to(device)
         line = (
             edits.line_of_row if (lines.numbers != lines.numbers[:, :1]).any() else np.zeros(1, int)
         )
@@ -87,51 +90,74 @@ class _Plan:
             self._when = torch.from_numpy(place).to(device)
             above = lines.when_above[edits.line_of_row]
             self._above = torch.from_numpy(above).to(device)
+        # A number of Python's costs more at each step, being made a tensor, than the arithmetic it is for.
+        self._most = torch.tensor(MAX_RELATIVE_SIZE, device=device)
+        self._nothing = torch.tensor(0.0, device=device)
         self._bounds: Tensor | None = None
         if lines.bounds is not None:
             self._bounds = torch.from_numpy(lines.bounds[:, edits.line_of_row, None]).to(device)
+        self._slots = len(slots)
         self._chosen = _chosen_by_rank(slots, bank, residents)
 
     def apply(self, x: Tensor, hidden: Tensor) -> Outcome:
         """Adds the edits' delta to `hidden`; `x` are the batch rows before any edit, in float32."""
-        x = x[self._rows]
+        x = self._of(x)
         x_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        f = self._features.encode(x)
-        for resident, columns, features in self._chosen:
-            f[:, columns] = resident.encode(x)[:, features]
-        own = f if self._uniform else f.gather(1, self._column)
-        change = activation_change(
-            own, x_norm, self._table, shared=self._shared, limited=self._limited
-        )
-        if self._conditional:
-            change = torch.where(f.gather(1, self._when) > self._above, change, 0.0)
+        change = self._change(x, x_norm)
         spread = change
         if not self._uniform:
-            spread = torch.zeros_like(f).scatter_add_(1, self._column, change)
+            spread = x.new_zeros(len(x), self._slots).scatter_add_(1, self._column, change)
         delta = spread @ self._features.decoder
         size = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
         if self._bounds is None:
-            whole, applied = None, size <= MAX_RELATIVE_SIZE * x_norm
+            whole, applied = None, size <= x_norm * self._most
         else:
             _, most, refused = self._bounds
             whole = size
             scale = torch.where(size > most * x_norm, most * x_norm / size, 1.0)
             delta, applied = delta * scale, size * scale <= refused * x_norm
         if hidden.dtype == torch.float32:
-            self._add(hidden, torch.where(applied, delta, 0.0))
+            self._add(hidden, torch.where(applied, delta, self._nothing))
         else:
-            mine = hidden[self._rows]
+            mine = self._of(hidden)
             # Rounded once; only float16 can overflow where the bound above holds.
             edited = (mine.float() + delta).to(hidden.dtype)
             applied &= edited.isfinite().all(dim=-1, keepdim=True)
-            hidden[self._rows] = torch.where(applied, edited, mine)
+            hidden[slice(None) if self._rows is None else self._rows] = torch.where(
+                applied, edited, mine
+            )
         return Outcome(change, x_norm, self._norms, applied, whole)
 
+    def _change(self, x: Tensor, x_norm: Tensor) -> Tensor:
+        """f' - f, [rows, entries]."""
+        f = own = self._encode(x) if self._reads else None
+        if f is not None and not self._uniform:
+            own = f.gather(1, self._column)
+        change = activation_change(
+            own, x_norm, self._table, shared=self._shared, limited=self._limited
+        )
+        if self._conditional:
+            assert f is not None
+            change = torch.where(f.gather(1, self._when) > self._above, change, self._nothing)
+        return change
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """The activations of the features in use."""
+        f = self._features.encode(x, rectified=self._rectified)
+        for resident, columns, features in self._chosen:
+            f[:, columns] = resident.encode(x)[:, features]
+        return f
+
+    def _of(self, batch: Tensor) -> Tensor:
+        """The rows with edits."""
+        # A slice of all is a call, too.
+        return batch if self._rows is None else batch[self._rows]
+
     def _add(self, hidden: Tensor, delta: Tensor) -> None:
-        if isinstance(self._rows, slice):
-            hidden[self._rows] += delta
-        else:
+        if isinstance(self._rows, Tensor):
             hidden.index_add_(0, self._rows, delta)
+        else:
+            self._of(hidden).add_(delta)
 
 
 def _chosen_by_rank(slots: np.ndarray, bank: Bank, residents: Residents):

@@ -47,8 +47,7 @@ def step(output: Any, index: int, forced: int, account: Account | None) -> StepO
     """vLLM's output, whose first token has that index, with what the account has received by now."""
     completion = output.outputs[0]
     token_ids = tuple(completion.token_ids)
-    results = account.take() if account else []
-    logprobs = completion.logprobs or ()
+    results = account.take() if account else ()
     finish = None
     if output.finished:
         reason = FinishReason(completion.finish_reason)
@@ -58,23 +57,30 @@ def step(output: Any, index: int, forced: int, account: Account | None) -> StepO
         cached = output.num_cached_tokens or 0
         limited = account.limited_tokens if account else 0
         finish = Finish(reason, prompt_tokens, generated, cached, reports, limited)
-    return StepOutput(
+    found = StepOutput(
         index,
         token_ids,
         completion.text,
-        tuple(entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=False)),
-        _prompt_logprobs(output),
+        _logprobs(completion.logprobs, token_ids),
+        _logprobs(output.prompt_logprobs, output.prompt_token_ids),
         _distribution(account),
-        tuple(rows for result in results for rows in result.rows),
-        account.applied(results) if account else (),
-        output.num_cached_tokens or 0,
-        _seconds(results),
-        finish,
+        cached_tokens=output.num_cached_tokens or 0,
+        finish=finish,
+    )
+    if account is None or not results:
+        return found
+    return found._replace(
+        activations=tuple(rows for result in results for rows in result.rows),
+        applied=account.applied(results),
+        encode_seconds=_seconds(results),
     )
 
 
-def _prompt_logprobs(output: Any) -> tuple[float, ...]:
-    pairs = zip(output.prompt_logprobs or (), output.prompt_token_ids, strict=False)
+def _logprobs(entries: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
+    """Of the tokens that vLLM has an entry for."""
+    if not entries:
+        return ()
+    pairs = zip(entries, token_ids, strict=False)
     return tuple(entry[token].logprob for entry, token in pairs if entry)
 
 

@@ -49,6 +49,7 @@ class Frontend:
         """
         self._admitted = admitted
         self.sites = list(sites)
+        self._site_names = list(map(str, sites))
         self.slots = slots
         self.dictionaries: dict[str, StoredDictionary] = {}
         self.accounts: dict[str, Account] = {}
@@ -164,8 +165,7 @@ class Frontend:
             account.enter(tally)
 
     def _load(self, used: Sequence[int], held: int) -> SlotLoad:
-        names = map(str, self.sites)
-        return SlotLoad(dict(zip(names, used, strict=True)), self.slots, held)
+        return SlotLoad(dict(zip(self._site_names, used, strict=True)), self.slots, held)
 
     def _see_to_cache(
         self,

@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from steer_server.dictionary.edits import coefficients
-from steer_server.program import Program
-from steer_server.vllm_plugin.bank import Slots
+from steer_server.vllm_plugin.programs import Programs
 from steer_server.vllm_plugin.readout import Reading, Want, readings
 from steer_server.vllm_plugin.requests import FOREVER, RequestState, Segment, Tokens
 from steer_server.vllm_plugin.residents import Resident, Residents
-from steer_server.vllm_plugin.site_edits import Bounds, Entries, Run, SiteEdits
+from steer_server.vllm_plugin.site_edits import Run, SiteEdits
 
 TokensOf = Callable[[int], Tokens]
 """The tokens of the request at an index of the batch."""
@@ -45,6 +43,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         self.n_rows = int(self.counts.sum())
+        self._decodes = bool((self.counts == 1).all())
         first = np.cumsum(self.counts) - self.counts
         self._offset = np.arange(self.n_rows) - np.repeat(first, self.counts)
         self._request_of_row = np.repeat(np.arange(len(self.counts)), self.counts)
@@ -53,14 +52,14 @@ class Layout:
         """Whether the coming step is this one moved on, every request going on where it stopped."""
         return (
             self.vllm_ids == vllm_ids
-            and np.array_equal(self.counts, counts)
-            and np.array_equal(self.starts + self.counts, starts)
+            and bool((self.counts == counts).all())
+            and bool((self.starts + counts == starts).all())
             and bool((starts + counts <= self.stops).all())
         )
 
     def positions(self, starts: NDArray) -> NDArray[np.int64]:
         """The position of each row."""
-        return starts[self._request_of_row] + self._offset
+        return starts if self._decodes else starts[self._request_of_row] + self._offset
 
     def close(self) -> None:
         """Lets the requests know how far they have come."""
@@ -74,6 +73,7 @@ def lay_out(
     counts: NDArray,
     starts: NDArray,
     states: Mapping[str, RequestState],
+    programs: Programs,
     residents: Residents,
     tokens_of: TokensOf,
     kernels: bool,
@@ -97,7 +97,7 @@ def lay_out(
             done = min(max(state.done, start), end)
             for first, last, fresh in ((start, done, False), (done, end, True)):
                 for segment in state.segments(first, last, tokens_of(index)):
-                    _add_runs(runs, request, state, segment, row - start, fresh, residents)
+                    _add_runs(runs, request, state, segment, row - start, fresh, programs)
             wants += _wants(request, state, done, end, row - start, residents)
             steady = done == start and state.starts[-1] <= start
             stops[index] = max(end, state.steady_until(start)) if steady else end
@@ -114,47 +114,13 @@ def _add_runs(
     segment: Segment,
     shift: int,
     fresh: bool,
-    residents: Residents,
+    programs: Programs,
 ) -> None:
-    for site, entries in _entries(state, segment, residents).items():
+    program = state.programs[segment.revision]
+    for site, entries in programs.entries(program, segment.edits, segment.start).items():
         first, last = segment.start + shift, segment.stop + shift
         run = Run(request, first, last, segment.revision, entries, fresh)
         runs.setdefault(site, []).append(run)
-
-
-def _entries(state: RequestState, segment: Segment, residents: Residents) -> Mapping[int, Entries]:
-    """By site number. Made once: a request keeps its slots, and most of its layouts have the same edits."""
-    program = state.programs[segment.revision]
-    key = segment.revision, segment.edits, segment.start if program.patches else 0
-    if key not in state.entries:
-        by_site: dict[int, list[int]] = {}
-        for index in segment.edits:
-            resident = residents.get(program.edits[index].dictionary)
-            if resident is not None:
-                by_site.setdefault(resident.site, []).append(index)
-        state.entries[key] = {
-            site: _of_site(program, indices, segment.start, residents.banks[site].slots)
-            for site, indices in by_site.items()
-        }
-    return state.entries[key]
-
-
-def _of_site(program: Program, indices: Sequence[int], position: int, slots: Slots) -> Entries:
-    edits = [program.edits[index] for index in indices]
-    own = [slots[entry.dictionary, entry.edit.feature] for entry in edits]
-    when = [
-        slot if entry.when is None else slots[entry.when.dictionary, entry.when.feature]
-        for slot, entry in zip(own, edits, strict=True)
-    ]
-    above = [-np.inf if entry.when is None else entry.when.above for entry in edits]
-    return Entries(
-        np.array(indices, np.uint32),
-        np.array(own, np.int32),
-        np.array([coefficients(entry.edit, position) for entry in edits], np.float32).T,
-        np.array(when, np.int32),
-        np.array(above, np.float32),
-        Bounds.of(program),
-    )
 
 
 def _wants(

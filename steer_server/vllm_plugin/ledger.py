@@ -1,12 +1,18 @@
 """What edits did, as it comes in with each step; added up over many steps before anyone asks."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from steer_server.vllm_plugin.report import EditBlock, EditRuns, StepReport
+from steer_server.vllm_plugin.report import (
+    EditBlock,
+    EditRows,
+    EditRuns,
+    StepReport,
+    relative_size,
+)
 
 _STEPS_AT_ONCE = 64
 
@@ -23,6 +29,10 @@ class EditTally(NamedTuple):
     max_size: NDArray[np.float32]
 
 
+_Sums = tuple[NDArray[np.uint32], NDArray[np.float64], NDArray[np.float32]]
+"""The last three of an `EditTally`, of all requests."""
+
+
 class Ledger:
     """A step of a batch that decodes is like the one before: they are added up as wholes, and split among requests seldom."""
 
@@ -32,30 +42,58 @@ class Ledger:
         self._steps: list[StepReport] = []
 
     def enter(self, report: StepReport) -> None:
-        if report.edits:
+        if report.edits or report.edit_rows:
             self._steps.append(report)
         if len(self._steps) >= _STEPS_AT_ONCE:
             self.settle()
 
     def settle(self) -> None:
         """Hands over all that came in."""
-        alike: dict[tuple[bytes, tuple[str, ...]], list[EditBlock]] = {}
+        blocks: dict[tuple[tuple[str, ...], bytes], list[EditBlock]] = {}
+        rows: dict[tuple[tuple[str, ...], bytes, bytes], list[EditRows]] = {}
         for report in self._steps:
             requests = tuple(report.requests)
             for block in report.edits:
-                alike.setdefault((block.runs, requests), []).append(block)
+                blocks.setdefault((requests, block.runs), []).append(block)
+            for row in report.edit_rows:
+                rows.setdefault((requests, row.runs, row.decoder_norm), []).append(row)
         self._steps.clear()
-        for (_, requests), blocks in alike.items():
-            self._split(requests, blocks)
+        for (requests, runs), alike in blocks.items():
+            self._split(requests, EditRuns.unpack(runs), len(alike), _of_blocks(alike))
+        for (requests, runs, _), found in rows.items():
+            self._split(requests, EditRuns.unpack(runs), len(found), _of_rows(found))
 
-    def _split(self, requests: tuple[str, ...], blocks: list[EditBlock]) -> None:
-        """Blocks of the same requests and runs."""
-        runs = EditRuns.unpack(blocks[0].runs)
-        changed = np.stack([block.changed for block in blocks]).sum(axis=0, dtype=np.uint32)
-        total = np.stack([block.total_size for block in blocks]).sum(axis=0, dtype=np.float64)
-        largest = np.stack([block.max_size for block in blocks]).max(axis=0)
+    def _split(self, requests: tuple[str, ...], runs: EditRuns, steps: int, sums: _Sums) -> None:
+        """`sums` are of so many steps of the same requests and runs."""
+        changed, total, largest = sums
         end = 0
         for request, revision, rows, entries in zip(*(a.tolist() for a in runs[:4]), strict=True):
             part = slice(end, end := end + entries)
-            numbers = runs.edit[part], changed[part], total[part], largest[part]
-            self._hand_over(requests[request], EditTally(revision, rows * len(blocks), *numbers))
+            tally = EditTally(
+                revision, rows * steps, runs.edit[part], changed[part], total[part], largest[part]
+            )
+            self._hand_over(requests[request], tally)
+
+
+def _of_blocks(blocks: Sequence[EditBlock]) -> _Sums:
+    _, changed, total, largest = zip(*blocks, strict=True)
+    return (
+        _stacked(changed, np.uint32).sum(axis=0, dtype=np.uint32),
+        _stacked(total, np.float32).sum(axis=0, dtype=np.float64),
+        _stacked(largest, np.float32).max(axis=0),
+    )
+
+
+def _of_rows(rows: Sequence[EditRows]) -> _Sums:
+    _, norms, changes, x_norms = zip(*rows, strict=True)
+    change, x_norm = _stacked(changes, np.float32), _stacked(x_norms, np.float32)
+    edits = change.shape[1] // x_norm.shape[1]
+    decoder_norm = np.frombuffer(norms[0], np.float32)
+    size = relative_size(change, x_norm.repeat(edits, axis=1), decoder_norm)
+    changed = (change != 0).sum(axis=0, dtype=np.uint32)
+    return changed, size.sum(axis=0, dtype=np.float64), size.max(axis=0)
+
+
+def _stacked(parts: Sequence[bytes], dtype: type[np.generic]) -> NDArray[Any]:
+    """[steps, entries]."""
+    return np.frombuffer(b"".join(parts), dtype).reshape(len(parts), -1)

@@ -5,7 +5,7 @@ both, and no loop over requests runs in the worker.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,22 +62,43 @@ class EditRuns(NamedTuple):
 
 
 class EditBlock(NamedTuple):
-    """What the edits of one site did in a step; the arrays align with `EditRuns.edit`."""
+    """What the edits of one site did in a step, array by array in bytes; they align with `EditRuns.edit`."""
 
     runs: bytes
     """`EditRuns`, packed: the same from step to step while the batch is."""
-    changed: NDArray[np.uint32]
-    """Rows on which the activation changed."""
-    total_size: NDArray[np.float32]
-    """Sum over the rows of |delta| / |x|, of this edit alone."""
-    max_size: NDArray[np.float32]
+    changed: bytes
+    """uint32: rows on which the activation changed."""
+    total_size: bytes
+    """float32: sum over the rows of |delta| / |x|, of this edit alone."""
+    max_size: bytes
+    """float32."""
+
+
+class EditRows(NamedTuple):
+    """What an `EditBlock` is made of, where each run is one row and all have as many edits; float32 in bytes.
+
+    A decoding step leaves the arithmetic to whoever does it for many steps at once.
+    """
+
+    runs: bytes
+    decoder_norm: bytes
+    """[runs, edits], as steady as the runs."""
+    change: bytes
+    """f' - f, [runs, edits]."""
+    x_norm: bytes
+    """|x|, [runs]."""
+
+
+def relative_size(change: NDArray, x_norm: NDArray, decoder_norm: NDArray) -> NDArray[np.float32]:
+    """|delta| / |x| of each edit alone."""
+    return np.asarray(np.abs(change) * (decoder_norm / x_norm), np.float32)
 
 
 class RowBlock(NamedTuple):
     """Sparse activations of one dictionary for several read-outs, row by row."""
 
     dictionary: str
-    wants: list[tuple[int, int, int]]
+    wants: Sequence[Sequence[int]]
     """(index into the report's requests, read-out, number of rows), in the order of the rows."""
     positions: NDArray[np.uint32]
     counts: NDArray[np.uint32]
@@ -105,6 +126,7 @@ class StepReport:
     limited: list[tuple[int, int]] = field(default_factory=list)
     """(request, tokens past its program's limit), site by site."""
     edits: list[EditBlock] = field(default_factory=list)
+    edit_rows: list[EditRows] = field(default_factory=list)
     rows: list[RowBlock] = field(default_factory=list)
 
     def to_wire(self) -> list[Any]:
@@ -115,7 +137,8 @@ class StepReport:
             self.errors,
             self.too_large,
             self.limited,
-            [[block.runs, *(array.tobytes() for array in block[1:])] for block in self.edits],
+            self.edits,
+            self.edit_rows,
             [
                 [
                     block.dictionary,
@@ -130,15 +153,16 @@ class StepReport:
 
     @classmethod
     def from_wire(cls, content: list[Any]) -> "StepReport":
-        requests, applied, skipped, errors, too_large, limited, edits, rows = content
+        requests, applied, skipped, errors, too_large, limited, edits, edit_rows, rows = content
         return cls(
             requests,
-            [tuple(entry) for entry in applied],
-            [tuple(entry) for entry in skipped],
-            [tuple(entry) for entry in errors],
-            [tuple(entry) for entry in too_large],
-            [tuple(entry) for entry in limited],
-            [_edit_block(*block) for block in edits],
+            applied,
+            skipped,
+            errors,
+            too_large,
+            limited,
+            [EditBlock(*block) for block in edits],
+            [EditRows(*block) for block in edit_rows],
             [_row_block(*block) for block in rows],
         )
 
@@ -164,7 +188,8 @@ class StepReport:
 
 
 def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:
-    splits = np.concatenate([[0], np.cumsum(block.counts)]).astype(np.uint32)
+    splits = np.zeros(len(block.counts) + 1, np.uint32)
+    np.cumsum(block.counts, out=splits[1:])
     ends = splits.tolist()
     first = 0
     for request, read_out, count in block.wants:
@@ -185,11 +210,6 @@ def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:
         first = last
 
 
-def _edit_block(runs: bytes, changed: bytes, total_size: bytes, max_size: bytes) -> EditBlock:
-    sizes = (np.frombuffer(data, np.float32) for data in (total_size, max_size))
-    return EditBlock(runs, np.frombuffer(changed, np.uint32), *sizes)
-
-
 def _row_block(
     dictionary: str,
     wants: list[list[int]],
@@ -202,7 +222,7 @@ def _row_block(
 ) -> RowBlock:
     return RowBlock(
         dictionary,
-        [(request, read_out, count) for request, read_out, count in wants],
+        wants,
         np.frombuffer(positions, np.uint32),
         np.frombuffer(counts, np.uint32),
         np.frombuffer(features, np.uint32),

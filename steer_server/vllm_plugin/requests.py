@@ -1,13 +1,12 @@
 """What a worker knows of each running request with a program."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 from steer_server.program import Program
 from steer_server.vllm_plugin.report import RevisionStart
-from steer_server.vllm_plugin.site_edits import Entries
 
 Tokens = Callable[[int, int], Sequence[int]]
 """The ids of a request's tokens at positions [start, stop)."""
@@ -41,10 +40,6 @@ class RequestState:
     """Rows below this position have been computed, counted and reported."""
     waiting: list[tuple[Program, int]] = field(default_factory=list)
     """Updates that came since the last step, each with the first position it may hold at."""
-    entries: dict[tuple[int, tuple[int, ...], int], Mapping[int, Entries]] = field(
-        default_factory=dict
-    )
-    """The edits of segments as the sites want them; kept by `layout`."""
 
     def names(self, dictionary: str) -> bool:
         """Whether any of its programs names the dictionary."""
@@ -60,6 +55,8 @@ class RequestState:
         """
         skipped = [(self.done, start)] if start > self.done else []
         self.done = max(self.done, start)
+        if not self.waiting:
+            return [], skipped
         # One that would begin behind a later one never holds.
         firsts = [max(self.done, first) for _, first in reversed(self.waiting)]
         starts = list(accumulate(firsts, min))[::-1]
@@ -71,6 +68,8 @@ class RequestState:
 
     def revisions(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(revision, first, last) of the runs of [start, stop) on which one holds."""
+        if len(self.starts) == 1:
+            return [(0, start, stop)] if start < stop else []
         found = []
         ends = [*self.starts[1:], FOREVER]
         for revision, (begin, end) in enumerate(zip(self.starts, ends, strict=True)):

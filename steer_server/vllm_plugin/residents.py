@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer_server.dictionary import files
 from steer_server.dictionary.dictionary import Dictionary, FeatureRows, keep_largest
-from steer_server.dictionary.linear import linear, pack
+from steer_server.dictionary.linear import pack
 from steer_server.dictionary.site import Site
 from steer_server.errors import CorruptDictionary, DictionaryMismatch, OutOfMemory
 from steer_server.vllm_plugin.bank import Bank, Feature
@@ -32,15 +32,13 @@ class Resident(NamedTuple):
 
     def encode(self, x: Tensor) -> Tensor:
         """As `Dictionary.encode`."""
-        # A ReLU in the product takes a third of the time that a comparison with each threshold does.
-        z = linear(x, self.rows.encoder, self.rows.bias, self.rectified, self.packed)
-        f = z if self.rectified else self.rows.activate(z)
+        f = self.rows.encode(x, rectified=self.rectified, packed=self.packed)
         return keep_largest(f, self.k) if self.k else f
 
     def count_active(self, f: Tensor) -> Tensor:
-        """Active features per row."""
-        # As above: count_nonzero takes several times as long.
-        return f.sign().sum(dim=1) if self.non_negative else torch.count_nonzero(f, dim=1)
+        """Active features per row. Of `f` nothing is left."""
+        # count_nonzero takes several times as long, and at many rows so does a sign that is put elsewhere.
+        return f.sign_().sum(dim=1) if self.non_negative else torch.count_nonzero(f, dim=1)
 
 
 def read(name: str, folder: Path, arithmetic: str) -> files.StoredDictionary:

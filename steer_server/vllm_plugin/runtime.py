@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer_server.dictionary.site import Site
-from steer_server.program_json import from_json
 from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.dense_site import DenseSite
 from steer_server.vllm_plugin.kernel_site import KernelSite
 from steer_server.vllm_plugin.layout import Layout, TokensOf, lay_out
+from steer_server.vllm_plugin.programs import Programs
 from steer_server.vllm_plugin.readout import Reading
-from steer_server.vllm_plugin.report import StepReport
+from steer_server.vllm_plugin.report import EditRows, StepReport
 from steer_server.vllm_plugin.requests import RequestState
 from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.site_edits import Outcome
@@ -63,6 +63,7 @@ class Runtime:
         """
         self.banks = {site: Bank(slots, d_model, device) for site in here}
         self.residents = Residents(sites, here, self.banks, device, by_rank=not kernel_rows)
+        self._programs = Programs(self.residents)
         self._sites: dict[int, DenseSite | KernelSite] = {
             site: KernelSite(bank, d_model, kernel_rows)
             if kernel_rows
@@ -82,16 +83,13 @@ class Runtime:
     def admit(self, vllm_id: str, content: Mapping[str, Any]) -> None:
         """A request was scheduled for the first time, or again after a preemption."""
         if vllm_id not in self._states:
-            program = from_json(content["program"])
-            self.residents.acquire(program.features())
+            program = self._programs.acquire(content["program"])
             self._states[vllm_id] = RequestState(content["prompt_length"], [program])
             self._changed = True
 
-    def update(self, vllm_id: str, content: Mapping[str, Any], first: int = 0) -> None:
+    def update(self, vllm_id: str, text: str, first: int = 0) -> None:
         """A new program takes hold with the coming step of the request, at position `first` at the earliest."""
-        program = from_json(content)
-        self.residents.acquire(program.features())
-        self._states[vllm_id].waiting.append((program, first))
+        self._states[vllm_id].waiting.append((self._programs.acquire(text), first))
         self._changed = True
 
     def forget(self, vllm_ids: Iterable[str]) -> None:
@@ -100,7 +98,7 @@ class Runtime:
             state = self._states.pop(vllm_id, None)
             if state is not None:
                 for program in (*state.programs, *(program for program, _ in state.waiting)):
-                    self.residents.release(program.features())
+                    self._programs.release(program)
                 self._changed = True
 
     def unload(self, name: str) -> None:
@@ -126,7 +124,10 @@ class Runtime:
         starts: NDArray[np.int64],
         tokens_of: TokensOf,
     ) -> None:
-        """The rows of the coming forward pass: for each request how many, and the position of the first."""
+        """The rows of the coming forward pass: for each request how many, and the position of the first.
+
+        The arrays are kept.
+        """
         self._step = None
         if not self._states:
             if self._layout is not None:
@@ -138,11 +139,18 @@ class Runtime:
             if layout is not None:
                 layout.close()
             layout = lay_out(
-                vllm_ids, counts, starts, self._states, self.residents, tokens_of, self._kernels
+                vllm_ids,
+                counts,
+                starts,
+                self._states,
+                self._programs,
+                self.residents,
+                tokens_of,
+                self._kernels,
             )
             self._follow(layout)
         assert layout is not None
-        layout.starts = starts.copy()
+        layout.starts = starts
         if layout.members:
             self._step = Step(layout, layout.starts, first)
             for site in self._sites.values():
@@ -180,23 +188,27 @@ class Runtime:
         report = StepReport([vllm_id for _, vllm_id, _ in layout.members])
         if step.first and self._announces:
             report.applied, report.skipped = layout.applied, layout.skipped
-        positions = layout.positions(step.starts)
         for number, edits in layout.edits.items():
             outcome = Outcome(*step.outcomes[number].wait()) if number in step.outcomes else None
-            if outcome is None or (outcome.x_norm.numpy() < 0).any():
+            if outcome is None or (self._kernels and (outcome.x_norm.numpy() < 0).any()):
                 missed = {run.request for run in edits.runs}
                 report.errors += [
                     (r, f"the op did not run at site number {number}") for r in missed
                 ]
                 continue
-            found = edits.collect(outcome, positions)
-            report.edits.append(found.block)
-            report.too_large += found.too_large
-            report.limited += found.limited
+            found = edits.collect(outcome)
+            if isinstance(found, EditRows):
+                report.edit_rows.append(found)
+            else:
+                report.edits.append(found)
+            report.limited += edits.limited(outcome)
+            if not outcome.applied.numpy().all():
+                report.too_large += edits.too_large(outcome, layout.positions(step.starts))
         missed = [request for reading in step.missed for request in reading.requests]
+        positions = layout.positions(step.starts) if step.encoded else step.starts
         for reading, transfer, seconds in step.encoded:
             mark, *encoded = transfer.wait()
-            if np.isnan(mark.numpy()).any():
+            if self._kernels and np.isnan(mark.numpy()).any():
                 missed += reading.requests
             report.rows.append(reading.block(encoded, positions, seconds))
         report.errors += [(request, "the op did not run for a read-out") for request in missed]

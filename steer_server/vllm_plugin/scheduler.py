@@ -18,7 +18,7 @@ from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.bank import Slots
 
 Content = dict[str, Any]
-Update = tuple[Any, int]
+Update = tuple[str, int]
 """A program as JSON, and the first position it may hold at."""
 
 
@@ -152,7 +152,7 @@ class _Steering:
                 self._contents[request_id].append(content)
                 found = due.setdefault(request_id, [])
                 # Those that it replaces keep the count of revisions, and hold nowhere.
-                found += [({}, content["first"])] * number
+                found += [("{}", content["first"])] * number
                 found.append((content["program"], content["first"]))
             if not queue:
                 del self._updates[request_id]

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ def _answer(processor: Any, frontend: Frontend) -> None:
 
 def _report(account: Account, rows: list[ActivationRows]) -> dict[str, Any]:
     return {
-        "edits": [asdict(report) for report in account.close()],
+        "edits": [report._asdict() for report in account.close()],
         "limited_tokens": account.limited_tokens,
         "activations": [
             {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer_server.program import MAX_RELATIVE_SIZE, Oversize, Program
-from steer_server.vllm_plugin.report import EditBlock, EditRuns
+from steer_server.vllm_plugin.report import EditBlock, EditRows, EditRuns, relative_size
 
 
 class Bounds(NamedTuple):
@@ -95,16 +95,6 @@ class Outcome(NamedTuple):
     """|delta| before it was scaled down, [rows, 1]; None if no program of the step has a limit."""
 
 
-class Collected(NamedTuple):
-    """What became of a site's edits, for the report."""
-
-    block: EditBlock
-    too_large: list[tuple[int, str]]
-    """(request, why) of those with a row where they were too large."""
-    limited: list[tuple[int, int]]
-    """(request, rows past its program's limit), each row once."""
-
-
 @dataclass
 class SitePass:
     """What one pass left at a site; what is None was not asked for, or did not run."""
@@ -141,6 +131,7 @@ class SiteEdits:
             if id(run.entries) not in number:
                 number[id(run.entries)] = len(self._distinct)
                 self._distinct.append(run.entries)
+        self._norms = b""
         self.line_of_row = np.repeat([number[id(run.entries)] for run in runs], self.lengths)
 
     @cached_property
@@ -163,39 +154,41 @@ class SiteEdits:
             bounds = np.array([entries.bounds for entries in self._distinct], np.float32).T
         return Lines(slot, numbers, when_slot, when_above, length, bounds)
 
-    def collect(self, outcome: Outcome, positions: NDArray[np.int64]) -> Collected:
-        """What the edits did, once per row. The outcome is on the host; `positions` are those of the batch rows."""
-        change, x_norm, decoder_norm, applied = (tensor.numpy() for tensor in outcome[:4])
+    def collect(self, outcome: Outcome) -> EditBlock | EditRows:
+        """What the edits did, once per row. The outcome is on the host."""
+        change, x_norm = outcome.change.numpy(), outcome.x_norm.numpy()
+        if self._decodes and outcome.size is None:
+            if not self._norms:
+                norms = np.broadcast_to(outcome.decoder_norm.numpy(), change.shape)
+                self._norms = norms.tobytes()
+            return EditRows(self._packed, self._norms, change.tobytes(), x_norm.tobytes())
         changed: NDArray[np.uint32] = (change != 0).astype(np.uint32)
-        total = np.asarray(np.abs(change) * (decoder_norm / x_norm), np.float32)
-        limited: list[tuple[int, int]] = []
+        total = relative_size(change, x_norm, outcome.decoder_norm.numpy())
         if outcome.size is not None:
             total *= self._scale(outcome.size.numpy(), x_norm)
-            limited = self._limited(outcome.size.numpy(), x_norm)
         largest = total
         if not self._single:
             changed = np.add.reduceat(changed, self._starts, axis=0, dtype=np.uint32)
             largest = np.maximum.reduceat(total, self._starts, axis=0)
             total = np.add.reduceat(total, self._starts, axis=0)
-        block = EditBlock(
-            self._packed, self._reported(changed), self._reported(total), self._reported(largest)
-        )
-        too_large = [] if applied.all() else self._too_large(outcome, positions)
-        return Collected(block, too_large, limited)
+        return EditBlock(self._packed, *map(self._reported, (changed, total, largest)))
 
     def _scale(self, size: NDArray, x_norm: NDArray) -> NDArray[np.float32]:
         """The part of each row's delta that was added, [rows, 1]."""
         most = self._bounds.most * x_norm
         return np.divide(most, size, out=np.ones_like(size), where=size > most)
 
-    def _limited(self, size: NDArray, x_norm: NDArray) -> list[tuple[int, int]]:
-        over = (size > self._bounds.limit * x_norm)[:, 0]
+    def limited(self, outcome: Outcome) -> list[tuple[int, int]]:
+        """(request, rows past its program's limit), each row once."""
+        if outcome.size is None:
+            return []
+        over = (outcome.size.numpy() > self._bounds.limit * outcome.x_norm.numpy())[:, 0]
         rows = np.add.reduceat(over, self._starts, dtype=np.int64)[self._fresh].tolist()
         requests = [self.runs[i].request for i in self._fresh]
         return [(request, n) for request, n in zip(requests, rows, strict=True) if n]
 
-    def _too_large(self, outcome: Outcome, positions: NDArray) -> list[tuple[int, str]]:
-        """By request, of its first row."""
+    def too_large(self, outcome: Outcome, positions: NDArray[np.int64]) -> list[tuple[int, str]]:
+        """(request, why) of those with a row that was left as it was; `positions` are those of the batch rows."""
         found: dict[int, str] = {}
         sizes: NDArray[np.float32] | None = None
         if outcome.size is not None:
@@ -212,9 +205,9 @@ class SiteEdits:
                 found[run.request] = _why(run.entries.bounds, size, position)
         return sorted(found.items())
 
-    def _reported(self, table: NDArray[Any]) -> NDArray[Any]:
+    def _reported(self, table: NDArray[Any]) -> bytes:
         """What of [runs, entries] belongs to entries that are there, of runs that were not counted before."""
-        return (table if self._whole else table[self._fresh][self._valid]).ravel()
+        return (table if self._whole else table[self._fresh][self._valid]).tobytes()
 
     @cached_property
     def _bounds(self) -> _RowBounds:
@@ -226,6 +219,10 @@ class SiteEdits:
     def _single(self) -> bool:
         """Whether each run is one row."""
         return bool((self.lengths == 1).all())
+
+    @cached_property
+    def _decodes(self) -> bool:
+        return self._single and self._whole
 
     @cached_property
     def _whole(self) -> bool:

@@ -32,7 +32,8 @@ def report(name: str) -> StepReport:
     """Of a step in which the edit ran on the prompt but for position 0."""
     runs = EditRuns(*np.array([[0], [0], [3], [1], [0]], np.int32))
     numbers = np.array([2], np.uint32), np.array([0.5], np.float32), np.array([0.3], np.float32)
-    return StepReport([name], edits=[EditBlock(runs.pack(), *numbers)])
+    block = EditBlock(runs.pack(), *(array.tobytes() for array in numbers))
+    return StepReport([name], edits=[block])
 
 
 def test_an_account_closes_whole_after_its_request_was_forgotten() -> None:

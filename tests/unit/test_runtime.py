@@ -4,6 +4,7 @@ With TRITON_INTERPRET=1 the same tests run through the Triton kernels instead of
 """
 
 import gc
+import json
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from torch import Tensor
 from steer_server.dictionary import files
 from steer_server.dictionary.card import Card, Model
 from steer_server.dictionary.dictionary import Dictionary
-from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, edit_delta
+from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Patch, edit_delta
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.site import Site
 from steer_server.errors import (
@@ -35,7 +36,7 @@ from steer_server.generation import EditReport
 from steer_server.program import Condition, FeatureEdit, Oversize, Program, ReadOut, Scope
 from steer_server.program_json import to_json
 from steer_server.vllm_plugin.account import Account
-from steer_server.vllm_plugin.bank import Slots
+from steer_server.vllm_plugin.bank import Bank, Slots
 from steer_server.vllm_plugin.ledger import Ledger
 from steer_server.vllm_plugin.report import StepReport, StepResult
 from steer_server.vllm_plugin.runtime import Runtime
@@ -113,12 +114,12 @@ class Batch:
         tokens = [self.token(name, position) for position in range(prompt_length)]
         self.accounts[name] = Account(tokens, [program], settle=self.ledger.settle)
         self.results[name] = []
-        content = {"program": to_json(program), "prompt_length": prompt_length}
+        content = {"program": json.dumps(to_json(program)), "prompt_length": prompt_length}
         self.runtime.admit(name, content)
 
     def update(self, name: str, program: Program, first: int = 0) -> None:
         self.accounts[name].add_revision(program)
-        self.runtime.update(name, to_json(program), first)
+        self.runtime.update(name, json.dumps(to_json(program)), first)
 
     def token(self, name: str, position: int) -> int:
         return hash((self.seed, name, position)) % VOCABULARY
@@ -314,6 +315,42 @@ def test_a_steady_batch_is_laid_out_once(runtime: Runtime, saved: dict[str, Save
     ]
     assert positions == list(range(2, 12))
     assert [report.tokens_in_scope for report in batch.close("one", 12)] == [5]
+
+
+def test_equal_programs_are_one_and_their_edits_are_made_once(runtime: Runtime) -> None:
+    batch = Batch(runtime, 3)
+    program = Program((FeatureEdit("r", Add(1, 1.0)), FeatureEdit("t", Clamp(0, 2.0))))
+    for name, asked in (("a", program), ("b", program), ("c", replace(program, edits=()))):
+        batch.admit(name, PROMPT, asked)
+    batch.step([("a", 0, 4), ("b", 0, 4)])
+
+    states, layout = runtime._states, runtime._layout
+    assert layout is not None
+    assert states["a"].programs[0] is states["b"].programs[0]
+    assert states["a"].programs[0] is not states["c"].programs[0]
+    # Position 0 is in no default scope.
+    assert [edits.lines.slot.shape[0] for edits in layout.edits.values()] == [1, 1]
+    runtime.forget(["a"])
+    batch.step([("b", 4, 1)])
+    batch.close("b", 5)
+    assert runtime.counts()["slots"] == 2
+    runtime.forget(["b", "c"])
+    assert runtime.counts()["slots"] == 0
+
+
+def test_choices_of_edits_are_not_kept_without_end(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer_server.vllm_plugin.programs._KEPT", 4)
+    batch = Batch(runtime, 4)
+    values = tuple((position, float(position)) for position in range(30))
+    batch.admit("a", PROMPT, Program((FeatureEdit("r", Patch(1, values)),)))
+    for position in range(30):
+        batch.step([("a", position, 1)])
+
+    assert batch.close("a", 30)[0].tokens_in_scope == 29
+    (running,) = runtime._programs._running.values()
+    assert len(running.entries) <= 4
 
 
 def test_a_recompute_replays_the_revision_of_each_position_and_reports_nothing_twice(
@@ -606,6 +643,16 @@ def test_slots_are_counted_and_freed_in_any_order(seed: int, wanted: list[set[in
         slots.release(asked)
 
     assert slots.used == 0
+
+
+@pytest.mark.parametrize("wanted", [[3], [2, 3, 4], [1, 3, 2, 4], [4, 3], [0, 7]])
+def test_the_bank_gives_rows_in_the_order_of_the_slots(wanted: list[int]) -> None:
+    bank = Bank(8, 2, torch.device("cpu"))
+    for slot in range(8):
+        bank.rows.decoder[slot] = bank.decoder_norm[slot] = slot
+    rows, norms = bank.at(np.array(wanted, np.int32))
+
+    assert rows.decoder[:, 0].tolist() == norms.tolist() == wanted
 
 
 def test_a_dictionary_of_an_unserved_site_or_with_other_bytes_is_refused(

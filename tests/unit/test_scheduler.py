@@ -76,7 +76,7 @@ class Engine:
 
     def add(self, name: str, tokens: int = 12, features: Iterable[int] = ()) -> None:
         slots = [(0, "d", feature) for feature in features]
-        extra = {KEY: {"program": {}, "features": slots}}
+        extra = {KEY: {"program": "{}", "features": slots}}
         self.rows[name], self.tokens[name], self.revisions[name] = [], [], []
         self._drawn[name] = 0
         self.states[name] = RequestState(PROMPT, [Program()])
@@ -87,7 +87,7 @@ class Engine:
     def update(self, name: str, at_index: int | None = None, features: Iterable[int] = ()) -> None:
         first = 0 if at_index is None else PROMPT - 1 + at_index
         slots = [(0, "d", feature) for feature in features]
-        self._tell({"update": name, "first": first, "program": {}, "features": slots})
+        self._tell({"update": name, "first": first, "program": "{}", "features": slots})
 
     def pause(self, name: str) -> None:
         self._tell({"pause": name, "paused": True})
