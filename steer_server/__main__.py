@@ -1,6 +1,7 @@
 """`steer-server`: a model with its dictionaries, served until a signal."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -97,6 +98,9 @@ async def start_engine(config: ServerConfig, registry: Registry) -> Engine:
     except BaseException:
         await engine.shutdown()
         raise
+    # All that was made so far stays. Searched by each full collection, it would hold up every stream.
+    gc.collect()
+    gc.freeze()
     return engine
 
 
@@ -132,11 +136,9 @@ async def serve(
             SessionLimits(config.session_idle_seconds, config.session_max_seconds),
         )
         await server.open()
-        print(
-            f"steer {__version__} serving {config.model} on {address(config.host, port)}, "
-            f"metrics on {address(config.metrics_host, scraped.server_port)}/metrics",
-            flush=True,
-        )
+        here, there = address(config.host, port), address(config.metrics_host, scraped.server_port)
+        serving = f"steer {__version__} serving {config.model}"
+        _log.info("%s on %s, metrics on %s/metrics", serving, here, there)
         await _until_signal(server, engine, config.drain_seconds)
     finally:
         await server.stop()
@@ -205,7 +207,7 @@ async def _until_signal(server: Server, engine: Engine, drain_seconds: float) ->
                 await server.fail()
                 raise EngineUnavailable("the engine has died; its log says why")
             await _one_of(tasks, _ENGINE_CHECK_SECONDS)
-        print(f"draining, {drain_seconds} s at most; a second signal stops at once", flush=True)
+        _log.info("draining, %s s at most; a second signal stops at once", drain_seconds)
         drained = asyncio.ensure_future(server.drain(drain_seconds))
         hurried = asyncio.ensure_future(_second(signals, first))
         tasks |= {drained, hurried}

@@ -138,6 +138,10 @@ class SlowReader(SteerError):
     """The client has not taken what was sent to it for too long; its call ends."""
 
 
+class AnswerTooLarge(SteerError):
+    """The answer is larger than a message may be."""
+
+
 class OutOfMemory(SteerError):
     """What was asked for does not fit memory; nothing was loaded."""
 

@@ -134,7 +134,8 @@ class StepOutput(NamedTuple):
     cached_tokens: int = 0
     """As in `Finish`."""
     encode_seconds: Mapping[str, float] = MappingProxyType({})
-    """Time the worker spent encoding for read-outs in these steps, by dictionary, whole batch."""
+    """Time the worker spent encoding for the read-outs of the whole batch, by dictionary; of the requests of a step one
+    is told."""
     finish: Finish | None = None
 
 

@@ -46,9 +46,15 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return record.__dict__.get("fields", {})
 
 
+def handler_with_warnings() -> logging.Handler:
+    """To stderr. Python's warnings in this process are lines of the log, too, from now on."""
+    logging.captureWarnings(True)
+    return logging.StreamHandler()
+
+
 def set_up(log_format: str) -> None:
-    """From now on this process's log goes to stderr in that format."""
-    handler = logging.StreamHandler()
+    """From now on this process's log, Python's warnings included, goes to stderr in that format."""
+    handler = handler_with_warnings()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
@@ -69,8 +75,13 @@ def shared_with_vllm(log_format: str) -> Iterator[None]:
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": formatter},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
-        "loggers": {"vllm": {"handlers": ["stderr"], "level": level, "propagate": False}},
+        "handlers": {
+            "stderr": {"()": f"{__name__}.{handler_with_warnings.__name__}", "formatter": "json"}
+        },
+        "loggers": {
+            "vllm": {"handlers": ["stderr"], "level": level, "propagate": False},
+            "py.warnings": {"handlers": ["stderr"], "propagate": False},
+        },
     }
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(config, file)

@@ -236,7 +236,7 @@ class Metrics:
         )
         self.encode_seconds = self._histogram(
             "steer_encode_seconds",
-            "Time the worker encoded for read-outs, per output, whole batch",
+            "Time the worker encoded for read-outs, per step",
             ["dictionary"],
             _SHORT_SECONDS,
         )

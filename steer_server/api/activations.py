@@ -55,7 +55,9 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
         async with aclosing(run.outputs()) as outputs:
             async for output in outputs:
                 for batch in events.batches(output.activations):
-                    yield activations_pb2.EncodeResponse(activations=batch)
+                    response = activations_pb2.EncodeResponse()
+                    events.write_rows(response.activations, batch)
+                    yield response
 
     async def Inspect(
         self, request: activations_pb2.InspectRequest, context: _Context

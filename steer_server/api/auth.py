@@ -110,6 +110,13 @@ class TokenFile:
         self._checked = clock()
         self._stamp: _Stamp | None = _stamp(path)
         self._principals = read_tokens(path)
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Another one whenever the tokens have changed."""
+        self._reload_if_changed()
+        return self._version
 
     def find(self, token: str) -> Principal:
         """Whose token it is; Unauthenticated if nobody's."""
@@ -134,6 +141,7 @@ class TokenFile:
             if stamp == self._stamp:
                 return
             self._principals = read_tokens(self._path)
+            self._version += 1
             _log.info("auth_tokens: %s has %d tokens now", self._path, len(self._principals))
         except InvalidConfig as error:
             # Once for each bad file, not once a second.

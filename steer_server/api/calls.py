@@ -12,6 +12,8 @@ from steer_server.api.quotas import Quotas
 from steer_server.errors import EngineUnavailable, Overloaded
 
 MAX_REQUEST_BYTES = 4 << 20
+MAX_RESPONSE_BYTES = 16 << 20
+"""Of one message."""
 
 
 @dataclass(frozen=True)

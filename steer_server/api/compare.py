@@ -4,6 +4,7 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 
 import numpy as np
@@ -37,8 +38,8 @@ async def responses(
     async with aclosing(merged([run.outputs() for run in runs])) as outputs:
         async for number, output in outputs:
             drawn[number] += output.token_ids
-            for tokens in events.tokens(output):
-                yield _Response(arm=number, tokens=tokens)
+            for response in events.tokens(partial(_Response, arm=number), output):
+                yield response
             if output.finish:
                 yield _Response(arm=number, finished=events.finished(output.finish))
     scores = await together(

@@ -35,6 +35,7 @@ _TABLE: dict[type[errors.SteerError], tuple[grpc.StatusCode, str]] = {
     errors.DuplicateRequest: (_Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
     errors.DeadlineTooShort: (_Code.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT"),
     errors.SlowReader: (_Code.ABORTED, "SLOW_READER"),
+    errors.AnswerTooLarge: (_Code.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE"),
     errors.OutOfMemory: (_Code.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     errors.EngineUnavailable: (_Code.UNAVAILABLE, "ENGINE_UNAVAILABLE"),
     errors.EditNotApplied: (_Code.INTERNAL, "NOT_APPLIED"),

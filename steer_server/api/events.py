@@ -1,8 +1,9 @@
 """What the engine gives, from domain to proto."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2
 
 from steer_server.api.edits import write_edits
@@ -60,33 +61,53 @@ def prompt_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> prompt_pb2.Prompt
     return prompt_pb2.PromptTokens(ids=ids, pieces=tokenizer.pieces(ids))
 
 
+class _Carrier(Protocol):
+    """A response with a field for tokens."""
+
+    @property
+    def tokens(self) -> steering_pb2.Tokens: ...
+
+
+_C = TypeVar("_C", bound=_Carrier)
+
+
 def tokens(
-    output: StepOutput, revision: int = 0, sequence: int = 0
-) -> Iterator[steering_pb2.Tokens]:
-    """The tokens and activations of `output`, in as many messages as their size asks for."""
-    common: dict[str, Any] = {
-        "first_index": output.first_index,
-        "sequence": sequence,
-        "revision": revision,
-    }
+    make: Callable[[], _C], output: StepOutput, revision: int = 0, sequence: int = 0
+) -> Iterator[_C]:
+    """The tokens and activations of `output`, in as many of the responses that `make` makes as their size asks for.
+
+    Filled where they are: putting a message into another one copies it by way of bytes, as long as all the rest.
+    """
     *before, last = batches(output.activations) or [[]]
     for batch in before:
-        yield steering_pb2.Tokens(**common, activations=batch)
+        response = make()
+        _fill(response.tokens, output, revision, sequence)
+        write_rows(response.tokens.activations, batch)
+        yield response
     if output.token_ids or output.text or last:
-        yield steering_pb2.Tokens(
-            **common,
-            ids=output.token_ids,
-            text=output.text,
-            logprobs=output.logprobs,
-            activations=last,
-        )
+        response = make()
+        message = response.tokens
+        _fill(message, output, revision, sequence)
+        message.ids.extend(output.token_ids)
+        message.text = output.text
+        message.logprobs.extend(output.logprobs)
+        write_rows(message.activations, last)
+        yield response
 
 
-def batches(
-    activations: Sequence[ActivationRows],
-) -> list[list[activations_pb2.SparseActivations]]:
+def _fill(message: steering_pb2.Tokens, output: StepOutput, revision: int, sequence: int) -> None:
+    message.first_index = output.first_index
+    message.sequence = sequence
+    message.revision = revision
+
+
+Batch = list[tuple[ActivationRows, int, int]]
+"""Rows [first, last) of each."""
+
+
+def batches(activations: Sequence[ActivationRows]) -> list[Batch]:
     """The rows in their order, cut so that no batch outgrows a message."""
-    found: list[list[activations_pb2.SparseActivations]] = []
+    found: list[Batch] = []
     room = 0
     for rows in activations:
         first, count = 0, len(rows.positions)
@@ -95,10 +116,27 @@ def batches(
                 found.append([])
                 room = _ENTRIES_PER_MESSAGE
             last = _last(rows, first, room)
-            found[-1].append(_sparse(rows, first, last))
+            found[-1].append((rows, first, last))
             room -= _entries(rows, first, last)
             first = last
     return found
+
+
+def write_rows(
+    into: RepeatedCompositeFieldContainer[activations_pb2.SparseActivations], batch: Batch
+) -> None:
+    for rows, first, last in batch:
+        splits = rows.row_splits[first : last + 1].tolist()
+        begin, end = splits[0], splits[-1]
+        into.add(
+            read_out=rows.read_out,
+            dictionary=rows.dictionary,
+            position=rows.positions[first:last].tolist(),
+            row_splits=[split - begin for split in splits] if begin else splits,
+            feature=rows.features[begin:end].tolist(),
+            value=rows.values[begin:end].tolist(),
+            active=[] if rows.active is None else rows.active[first:last].tolist(),
+        )
 
 
 def _last(rows: ActivationRows, first: int, room: int) -> int:
@@ -113,20 +151,6 @@ def _last(rows: ActivationRows, first: int, room: int) -> int:
 def _entries(rows: ActivationRows, first: int, last: int) -> int:
     """Rows and activations."""
     return last - first + int(rows.row_splits[last]) - int(rows.row_splits[first])
-
-
-def _sparse(rows: ActivationRows, first: int, last: int) -> activations_pb2.SparseActivations:
-    splits = rows.row_splits[first : last + 1].tolist()
-    begin, end = splits[0], splits[-1]
-    return activations_pb2.SparseActivations(
-        read_out=rows.read_out,
-        dictionary=rows.dictionary,
-        position=rows.positions[first:last].tolist(),
-        row_splits=[split - begin for split in splits] if begin else splits,
-        feature=rows.features[begin:end].tolist(),
-        value=rows.values[begin:end].tolist(),
-        active=[] if rows.active is None else rows.active[first:last].tolist(),
-    )
 
 
 def finished(finish: Finish, sequence: int = 0) -> steering_pb2.Finished:

@@ -242,7 +242,7 @@ class Run:
             self._observe_rows(output.activations)
 
     def _observe_rows(self, activations: Sequence[ActivationRows]) -> None:
-        sources = _l0_sources(self._of(self.revision).read_outs)
+        sources = _l0_sources(self._of(self.revision))
         for rows in activations:
             if rows.read_out < self._watched:
                 self._watch.observe(rows)
@@ -281,10 +281,10 @@ def _running() -> Iterator[None]:
         raise WrongState(f"the turn has ended: {error}") from error
 
 
-def _l0_sources(read_outs: Sequence[ReadOut]) -> dict[tuple[str, str], int]:
+def _l0_sources(program: Program) -> dict[tuple[str, str], int]:
     """By dictionary and phase: the first read-out at full width, whose rows are counted."""
     found: dict[tuple[str, str], int] = {}
-    for index, read_out in enumerate(read_outs):
+    for index, read_out in enumerate(program.read_outs):
         for phase, holds in (("prompt", read_out.prompt), ("generated", read_out.generated)):
             if holds and read_out.top_k:
                 found.setdefault((read_out.dictionary, phase), index)

@@ -17,11 +17,12 @@ from grpc_status import rpc_status
 
 from steer_server.api import auth
 from steer_server.api.auth import ANYONE, Metadata, Principal, TokenFile
-from steer_server.api.calls import Call, Gate, enter
+from steer_server.api.calls import MAX_RESPONSE_BYTES, Call, Gate, enter
 from steer_server.api.errors import internal, reason_of, status_of
 from steer_server.api.patience import Patience
 from steer_server.api.quotas import Quotas
 from steer_server.errors import (
+    AnswerTooLarge,
     DeadlineTooShort,
     DuplicateRequest,
     SlowReader,
@@ -70,6 +71,8 @@ class _Record:
     code: grpc.StatusCode = grpc.StatusCode.OK
     reason: str = ""
     messages: int = 0
+    tokens: int = 0
+    """Version of the file by which the caller was admitted."""
 
     @property
     def labels(self) -> tuple[str, str, str]:
@@ -123,6 +126,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             async with self._call(method, kind, context) as record:
                 response = await behaviour(request, context)
+                _check_size(response)
                 record.messages += 1
                 return response
 
@@ -141,6 +145,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             ):
                 with closing(Patience(self._policy.slow_reader_seconds)) as patience:
                     async for response in stream:
+                        self._check_token(record, context)
                         await self._write(context, response, patience)
                         record.messages += 1
 
@@ -205,6 +210,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return
         principal = self._principal(metadata, context)
         record.principal = principal.name
+        record.tokens = self._tokens_version
         auth.authorise(principal, record.service)
         if not record.service.startswith(_OURS):
             yield
@@ -230,6 +236,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # There only if the client's certificate was asked for and verified.
         names = list(context.auth_context().get("x509_common_name", ()))
         return Principal(names[0].decode(errors="replace")) if names else ANYONE
+
+    @property
+    def _tokens_version(self) -> int:
+        return self._policy.tokens.version if self._policy.tokens else 0
+
+    def _check_token(self, record: _Record, context: grpc.aio.ServicerContext) -> None:
+        """Unauthenticated or PermissionDenied if the caller's token was revoked, or its scope, while the call runs."""
+        version = self._tokens_version
+        if version != record.tokens:
+            metadata: Metadata = tuple(context.invocation_metadata() or ())
+            auth.authorise(self._principal(metadata, context), record.service)
+            record.tokens = version
 
     @contextmanager
     def _unique(self, request_id: str) -> Iterator[None]:
@@ -262,6 +280,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         level = logging.DEBUG if record.service == _HEALTH else logging.INFO
         if _access.isEnabledFor(level):
             _access.log(level, "call", extra={"fields": record.fields(context.peer(), seconds)})
+
+
+def _check_size(response: Any) -> None:
+    # Health's Watch has written its own.
+    size = 0 if response is None else response.ByteSize()
+    if size > MAX_RESPONSE_BYTES:
+        raise AnswerTooLarge(
+            f"the answer takes {size} bytes, a message at most {MAX_RESPONSE_BYTES}; ask for less, or by an RPC that streams"
+        )
 
 
 async def _abort(context: grpc.aio.ServicerContext, status: status_pb2.Status) -> None:

@@ -23,7 +23,7 @@ from steer.v1 import (
 
 from steer_server.api.activations import ActivationService
 from steer_server.api.admin import AdminService, Operations
-from steer_server.api.calls import MAX_REQUEST_BYTES, Gate
+from steer_server.api.calls import MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, Gate
 from steer_server.api.dictionaries import DictionaryService
 from steer_server.api.generations import Generations
 from steer_server.api.info import ServerInfoService
@@ -46,7 +46,7 @@ _STOP_SECONDS = 5
 
 _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
     ("grpc.max_metadata_size", 8 << 10),
     # Between the two gRPC refuses by chance.
     ("grpc.absolute_max_metadata_size", 8 << 10),

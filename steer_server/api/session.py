@@ -284,7 +284,7 @@ class Session:
             raise EngineUnavailable("the engine ended the generation without a finish")
         responses = self._applied(turn, output)
         revision = turn.run.revision
-        responses += [_Response(tokens=tokens) for tokens in events.tokens(output, revision)]
+        responses += events.tokens(_Response, output, revision)
         if output.finish is None:
             turn.next_output = self._bell.hang(pull(turn.outputs))
             return responses

@@ -16,7 +16,7 @@ from steer_server.api.wire import read_generation
 from steer_server.errors import InvalidRequest
 
 _Context = grpc.aio.ServicerContext
-_Event = steering_pb2.Started | steering_pb2.Tokens | steering_pb2.Finished
+_Event = steering_pb2.GenerateStreamResponse
 
 
 class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
@@ -38,25 +38,24 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         response = steering_pb2.GenerateResponse()
         async with aclosing(self._events("Generate", request)) as found:
             async for event in found:
-                match event:
-                    case steering_pb2.Started():
-                        response.started.CopyFrom(event)
-                        n = event.sampling.n
+                match event.WhichOneof("event"):
+                    case "started":
+                        response.started.CopyFrom(event.started)
+                        n = event.started.sampling.n
                         response.sequences.extend(steering_pb2.Sequence() for _ in range(n))
-                    case steering_pb2.Tokens():
-                        _append(response.sequences[event.sequence].tokens, event)
-                    case steering_pb2.Finished():
-                        response.sequences[event.sequence].finished.CopyFrom(event)
+                    case "tokens":
+                        _append(response.sequences[event.tokens.sequence].tokens, event.tokens)
+                    case "finished":
+                        sequence = response.sequences[event.finished.sequence]
+                        sequence.finished.CopyFrom(event.finished)
         return response
 
     async def GenerateStream(
         self, request: steering_pb2.GenerateStreamRequest, context: _Context
-    ) -> AsyncGenerator[steering_pb2.GenerateStreamResponse, None]:
+    ) -> AsyncGenerator[_Event, None]:
         async with aclosing(self._events("GenerateStream", request)) as found:
             async for event in found:
-                response = steering_pb2.GenerateStreamResponse()
-                getattr(response, _FIELDS[type(event)]).CopyFrom(event)
-                yield response
+                yield event
 
     async def Session(
         self,
@@ -96,20 +95,13 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         served = self._generations.served
         resolved = read_generation(request.generation, served, "generation", many=True)
         runs = self._generations.begin_all(rpc, request_id(), resolved)
-        yield events.started(request_id(), resolved, served.engine.tokenizer)
+        yield _Event(started=events.started(request_id(), resolved, served.engine.tokenizer))
         async with aclosing(merged([run.outputs() for run in runs])) as outputs:
             async for number, output in outputs:
-                for tokens in events.tokens(output, runs[number].revision, number):
-                    yield tokens
+                for event in events.tokens(_Event, output, runs[number].revision, number):
+                    yield event
                 if output.finish:
-                    yield events.finished(output.finish, number)
-
-
-_FIELDS = {
-    steering_pb2.Started: "started",
-    steering_pb2.Tokens: "tokens",
-    steering_pb2.Finished: "finished",
-}
+                    yield _Event(finished=events.finished(output.finish, number))
 
 
 def _append(whole: steering_pb2.Tokens, part: steering_pb2.Tokens) -> None:

@@ -31,6 +31,7 @@ class StepResult:
     """Runs of positions taken from the prefix cache."""
     rows: list[ActivationRows] = field(default_factory=list)
     encode_seconds: dict[str, float] = field(default_factory=dict)
+    """By dictionary, of the whole batch; one request of it has them."""
     error: str = ""
     """Why an edit or read-out did not run; empty if all did."""
     too_large: str = ""
@@ -182,8 +183,9 @@ class StepReport:
         for block in self.rows:
             for request, rows in _rows(block):
                 found[request].rows.append(rows)
-                seconds = found[request].encode_seconds
-                seconds[block.dictionary] = seconds.get(block.dictionary, 0.0) + block.seconds
+            # Of all together, and so told once.
+            seconds = found[block.wants[0][0]].encode_seconds
+            seconds[block.dictionary] = seconds.get(block.dictionary, 0.0) + block.seconds
         return {self.requests[request]: result for request, result in found.items()}
 
 

@@ -11,6 +11,7 @@ from steer.v1 import admin_pb2, steering_pb2, steering_pb2_grpc
 from steer_client import CallFailed
 from steer_server import errors
 from steer_server.api import errors as wire
+from steer_server.api import interceptor
 from steer_server.api.auth import Scope, TokenFile, new_token
 from steer_server.api.interceptor import Policy
 from steer_server.api.session import SessionLimits
@@ -111,6 +112,12 @@ async def nobody_reads(_: Serving, __: Path) -> CallFailed:
         return await failure(call)
 
 
+async def too_large(service: Serving, _: Path) -> CallFailed:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interceptor, "MAX_RESPONSE_BYTES", 10)
+        return await refused(service, "GetServerInfo", {})
+
+
 async def not_ready(_: Serving, __: Path) -> CallFailed:
     async with serving(ready=False) as own:
         return await refused(own, "GetServerInfo", {})
@@ -148,6 +155,7 @@ REFUSED: dict[type[errors.SteerError], Ask] = {
     errors.DuplicateRequest: same_id,
     errors.DeadlineTooShort: no_time,
     errors.SlowReader: nobody_reads,
+    errors.AnswerTooLarge: too_large,
     errors.OutOfMemory: scene(no_memory),
     errors.EngineUnavailable: not_ready,
     errors.EditNotApplied: failing(errors.EditNotApplied("edit 0")),

@@ -294,7 +294,8 @@ def test_rows_are_cut_into_messages_that_fit_and_lose_nothing(n_rows: int, per_r
     given = activation_rows(n_rows, per_row)
     output = StepOutput(4, (1,), "x", activations=(given, given))
 
-    messages = list(events.tokens(output))
+    made = steering_pb2.GenerateStreamResponse
+    messages = [response.tokens for response in events.tokens(made, output)]
 
     parts = [part for message in messages for part in message.activations]
     assert [p for part in parts for p in part.position] == [*range(n_rows)] * 2

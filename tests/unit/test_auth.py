@@ -208,6 +208,47 @@ def test_a_changed_file_holds_within_a_second(file: Path):
         tokens.find("i")
 
 
+@pytest.mark.parametrize(
+    ("left", "reason"),
+    [(("o", "observe"), "UNAUTHENTICATED"), (("i", "observe"), "PERMISSION_DENIED")],
+)
+async def test_a_revoked_token_ends_its_running_call_with_its_next_message(
+    file: Path, left: tuple[str, str], reason: str
+):
+    clock = Clock()
+    policy = Policy(tokens=TokenFile(file, clock))
+    async with serving(policy=policy) as service, SteerClient(service.target, token="i") as client:
+        service.engine.steps = asyncio.Semaphore(2)
+        running = client.generate("hello")
+        for _ in range(2):
+            await anext(running)
+        file.write_text(entry(*left) + entry("io", "infer"))
+        clock.now += 1.1
+        service.engine.steps.release()
+        service.engine.steps.release()
+
+        with pytest.raises(CallFailed) as ended:
+            async for _ in running:
+                pass
+        async with asyncio.timeout(5):
+            while not service.engine.aborted:
+                await asyncio.sleep(0.01)
+
+    assert ended.value.reason == reason
+
+
+async def test_a_changed_file_that_still_has_the_token_ends_nothing(file: Path):
+    clock = Clock()
+    policy = Policy(tokens=TokenFile(file, clock))
+    async with serving(policy=policy) as service, SteerClient(service.target, token="i") as client:
+        running = client.generate("hello", max_tokens=3)
+        await anext(running)
+        file.write_text(entry("i", "infer"))
+        clock.now += 1.1
+
+        assert len([event async for event in running]) == 4
+
+
 def test_a_bad_new_file_leaves_the_old_tokens_in_force_and_is_logged_once(
     file: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -1,6 +1,7 @@
 """Settings from file, environment and flags; start-up and its failures; the registry."""
 
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -304,18 +305,19 @@ def test_watched_features_must_exist():
 
 
 class Lines:
-    """What `serve` prints, as it comes."""
+    """What `serve` logs, as it comes."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+        caplog.set_level(logging.INFO)
 
     async def containing(self, text: str) -> str:
-        seen = ""
         async with asyncio.timeout(5):
-            while text not in seen:
+            while True:
+                for line in self._caplog.messages:
+                    if text in line:
+                        return line
                 await asyncio.sleep(0.01)
-                seen += self._capsys.readouterr().out
-        return seen
 
 
 async def start_fake(config: ServerConfig, registry: Registry) -> FakeEngine:
@@ -325,11 +327,11 @@ async def start_fake(config: ServerConfig, registry: Registry) -> FakeEngine:
     return engine
 
 
-async def test_the_server_starts_serves_and_ends_with_a_signal(capsys):
+async def test_the_server_starts_serves_and_ends_with_a_signal(caplog):
     sources = (DictionarySource(small_dictionary().folder),)
     config = ServerConfig("m", sources, port=0, metrics_port=0, watch=((NAME, 3),))
     running = asyncio.ensure_future(serve(config, start_fake))
-    line = await Lines(capsys).containing("serving")
+    line = await Lines(caplog).containing("serving")
     target, metrics = re.findall(r"127\.0\.0\.1:[0-9]+", line)
 
     async with SteerClient(target) as client:
@@ -386,9 +388,9 @@ async def test_a_signal_drains_and_a_second_one_does_not_wait():
     reset_signals()
 
 
-async def test_a_drain_call_ends_the_server(capsys):
+async def test_a_drain_call_ends_the_server(caplog):
     running = asyncio.ensure_future(serve(ServerConfig("m", port=0, metrics_port=0), start_fake))
-    line = await Lines(capsys).containing("serving")
+    line = await Lines(caplog).containing("serving")
     (target, _) = re.findall(r"127\.0\.0\.1:[0-9]+", line)
 
     async with SteerClient(target) as client:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,19 @@ def test_json_is_asked_for_at_the_operators_level_and_only_inside() -> None:
     assert config["loggers"]["vllm"]["level"] == "ERROR"
     assert CONFIG not in os.environ
     assert not path.exists()
+
+
+def test_warnings_of_python_are_lines_of_the_log_in_every_process(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with logs.shared_with_vllm("json"):
+        config = json.loads(Path(os.environ[CONFIG]).read_text())
+    code = f"import logging.config, warnings; logging.config.dictConfig({config!r}); warnings.warn('old')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+    (line,) = capfd.readouterr().err.splitlines()
+    assert json.loads(line)["logger"] == "py.warnings"
+    assert "old" in json.loads(line)["message"]
 
 
 def test_text_is_left_to_vllm() -> None:
