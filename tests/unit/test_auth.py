@@ -227,10 +227,10 @@ async def test_a_revoked_token_ends_its_running_call_with_its_next_message(
         service.engine.steps.release()
         service.engine.steps.release()
 
-        with pytest.raises(CallFailed) as ended:
-            async for _ in running:
-                pass
         async with asyncio.timeout(5):
+            with pytest.raises(CallFailed) as ended:
+                async for _ in running:
+                    pass
             while not service.engine.aborted:
                 await asyncio.sleep(0.01)
 
