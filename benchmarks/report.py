@@ -31,6 +31,7 @@ CASES = {
     "idle": "no program",
     "edit1": "1 edit on every token",
     "edit16": "16 edits on every token",
+    "scale16": "the same, by the features' activations",
     "readout32": "top 32 features of every token",
     "edit16_readout32": "both",
     "programs64": "4 edits, other ones for each request",

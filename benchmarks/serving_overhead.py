@@ -33,7 +33,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from steer_server.dictionary import files
-from steer_server.dictionary.edits import AddRelative
+from steer_server.dictionary.edits import AddRelative, Scale
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.generation import Generation, Sampling
 from steer_server.program import FeatureEdit, Program, ReadOut
@@ -63,6 +63,7 @@ def cases() -> dict[str, Case]:
         "idle": [Program()],
         "edit1": [Program(edits(1))],
         "edit16": [Program(edits(16))],
+        "scale16": [Program(scales(16))],
         "readout32": [Program((), read_out)],
         "edit16_readout32": [Program(edits(16), read_out)],
     }
@@ -72,6 +73,11 @@ def edits(count: int, first: int = 0) -> tuple[FeatureEdit, ...]:
     return tuple(
         FeatureEdit(NAME, AddRelative(feature, 0.01)) for feature in range(first, first + count)
     )
+
+
+def scales(count: int) -> tuple[FeatureEdit, ...]:
+    """What adds, as `edits` do, need not know how active its feature is; these do."""
+    return tuple(FeatureEdit(NAME, Scale(feature, 1.001)) for feature in range(count))
 
 
 LOADS = {

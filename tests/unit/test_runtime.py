@@ -607,6 +607,16 @@ def test_two_read_outs_of_one_request_do_not_shift_into_a_neighbour(
     assert third.values.tolist() == pytest.approx([float(f[2])] if f[2] > 0 else [], rel=1e-4)
 
 
+def test_the_time_that_encoding_took_is_told_once_for_the_batch(runtime: Runtime) -> None:
+    batch = Batch(runtime, 6)
+    for name in ("one", "two"):
+        batch.admit(name, 5, Program((), (ReadOut("t", top_k=1),)))
+    batch.step([("one", 1, 1), ("two", 1, 1)])
+
+    told = [result for name in ("one", "two") for result in batch.results[name]]
+    assert [list(result.encode_seconds) for result in told] == [["t"], []]
+
+
 def test_ended_requests_are_forgotten_and_their_slots_are_free_again(runtime: Runtime) -> None:
     batch = Batch(runtime, 3)
     shared, alone = FeatureEdit("t", Ablate(1)), FeatureEdit("t", Add(2, 1.0))
