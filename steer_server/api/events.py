@@ -125,6 +125,7 @@ def batches(activations: Sequence[ActivationRows]) -> list[Batch]:
 def write_rows(
     into: RepeatedCompositeFieldContainer[activations_pb2.SparseActivations], batch: Batch
 ) -> None:
+    """Adds a message for each part of the batch to the field `into`."""
     for rows, first, last in batch:
         splits = rows.row_splits[first : last + 1].tolist()
         begin, end = splits[0], splits[-1]

@@ -54,7 +54,7 @@ class FeatureRows(NamedTuple):
         number for 0. `packed` is the encoder as `linear` likes it best.
         """
         z = linear(x, self.encoder, self.bias, rectified, packed)
-        # In place, because at many rows two more tables of this size take half as long as the product.
+        # In place: at many rows the memory for two more tables of this size is what takes the time.
         return z if rectified else z.masked_fill_(z <= self.threshold, 0.0)
 
 
