@@ -7,7 +7,14 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    aclosing,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +28,7 @@ from steer_server.api.calls import MAX_RESPONSE_BYTES, Call, Gate, enter
 from steer_server.api.errors import internal, reason_of, status_of
 from steer_server.api.patience import Patience
 from steer_server.api.quotas import Quotas
+from steer_server.api.revocation import until_revoked
 from steer_server.errors import (
     AnswerTooLarge,
     DeadlineTooShort,
@@ -71,8 +79,6 @@ class _Record:
     code: grpc.StatusCode = grpc.StatusCode.OK
     reason: str = ""
     messages: int = 0
-    tokens: int = 0
-    """Version of the file by which the caller was admitted."""
 
     @property
     def labels(self) -> tuple[str, str, str]:
@@ -145,7 +151,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             ):
                 with closing(Patience(self._policy.slow_reader_seconds)) as patience:
                     async for response in stream:
-                        self._check_token(record, context)
                         await self._write(context, response, patience)
                         record.messages += 1
 
@@ -210,10 +215,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return
         principal = self._principal(metadata, context)
         record.principal = principal.name
-        record.tokens = self._tokens_version
         auth.authorise(principal, record.service)
         if not record.service.startswith(_OURS):
-            yield
+            with self._until_revoked(metadata, principal):
+                yield
             return
         left = context.time_remaining()
         if left is not None and left < _SHORTEST_DEADLINE:
@@ -225,6 +230,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._gate.entered(),
             self._unique(record.request_id),
             self._quotas.call(principal, session=session),
+            self._until_revoked(metadata, principal),
         ):
             trace = _trace_headers(metadata)
             enter(Call(record.request_id, principal, trace, self._quotas))
@@ -237,17 +243,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         names = list(context.auth_context().get("x509_common_name", ()))
         return Principal(names[0].decode(errors="replace")) if names else ANYONE
 
-    @property
-    def _tokens_version(self) -> int:
-        return self._policy.tokens.version if self._policy.tokens else 0
-
-    def _check_token(self, record: _Record, context: grpc.aio.ServicerContext) -> None:
-        """Unauthenticated or PermissionDenied if the caller's token was revoked, or its scope, while the call runs."""
-        version = self._tokens_version
-        if version != record.tokens:
-            metadata: Metadata = tuple(context.invocation_metadata() or ())
-            auth.authorise(self._principal(metadata, context), record.service)
-            record.tokens = version
+    def _until_revoked(
+        self, metadata: Metadata, principal: Principal
+    ) -> AbstractContextManager[None]:
+        if not self._policy.tokens:
+            return nullcontext()
+        return until_revoked(self._policy.tokens, auth.bearer_token(metadata), principal)
 
     @contextmanager
     def _unique(self, request_id: str) -> Iterator[None]:

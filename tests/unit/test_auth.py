@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from steer_client import CallFailed, SteerClient, Tls, read_top
+from steer_server.api import revocation
 from steer_server.api.auth import ANYONE, Principal, Quota, Scope, TokenFile, authorise, new_token
 from steer_server.api.interceptor import Policy
 from steer_server.api.quotas import Quotas
@@ -19,6 +20,7 @@ from steer_server.api.server import SERVICES
 from steer_server.api.tls import TlsFiles
 from steer_server.errors import InvalidConfig, PermissionDenied, QuotaExceeded, Unauthenticated
 from tests.unit.certificates import Authority
+from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import NAME, Serving, serving
 
 Code = grpc.StatusCode
@@ -208,35 +210,63 @@ def test_a_changed_file_holds_within_a_second(file: Path):
         tokens.find("i")
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running calls are looked at often."""
+    monkeypatch.setattr(revocation, "LOOK_SECONDS", 0.02)
+
+
+async def streamed(client: SteerClient, engine: FakeEngine) -> None:
+    """Two tokens, and then none."""
+    engine.steps = asyncio.Semaphore(2)
+    async for _ in client.generate("hello"):
+        pass
+
+
+async def answered_once(client: SteerClient, engine: FakeEngine) -> None:
+    engine.steps = asyncio.Semaphore(0)
+    await client.complete("hello")
+
+
+async def silent_session(client: SteerClient, engine: FakeEngine) -> None:
+    async with client.session() as session:
+        async for _ in session:
+            pass
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("call", [streamed, answered_once, silent_session])
 @pytest.mark.parametrize(
     ("left", "reason"),
-    [(("o", "observe"), "UNAUTHENTICATED"), (("i", "observe"), "PERMISSION_DENIED")],
+    [
+        (entry("o", "observe"), "UNAUTHENTICATED"),
+        (entry("io", "observe"), "PERMISSION_DENIED"),
+        (entry("io", "infer"), "PERMISSION_DENIED"),
+    ],
+    ids=["token", "the scope that let it in", "another scope"],
 )
-async def test_a_revoked_token_ends_its_running_call_with_its_next_message(
-    file: Path, left: tuple[str, str], reason: str
+async def test_a_revoked_token_ends_its_running_calls_whatever_they_wait_for(
+    file: Path, call: Callable[[SteerClient, FakeEngine], Awaitable[None]], left: str, reason: str
 ):
     clock = Clock()
     policy = Policy(tokens=TokenFile(file, clock))
-    async with serving(policy=policy) as service, SteerClient(service.target, token="i") as client:
-        service.engine.steps = asyncio.Semaphore(2)
-        running = client.generate("hello")
-        for _ in range(2):
-            await anext(running)
-        file.write_text(entry(*left) + entry("io", "infer"))
+    async with serving(policy=policy) as service, SteerClient(service.target, token="io") as client:
+        running = asyncio.ensure_future(call(client, service.engine))
+        await asyncio.sleep(0.2)
+        assert not running.done()
+        file.write_text(left)
         clock.now += 1.1
-        service.engine.steps.release()
-        service.engine.steps.release()
 
         async with asyncio.timeout(5):
             with pytest.raises(CallFailed) as ended:
-                async for _ in running:
-                    pass
-            while not service.engine.aborted:
+                await running
+            while call is not silent_session and not service.engine.aborted:
                 await asyncio.sleep(0.01)
 
     assert ended.value.reason == reason
 
 
+@pytest.mark.usefixtures("soon")
 async def test_a_changed_file_that_still_has_the_token_ends_nothing(file: Path):
     clock = Clock()
     policy = Policy(tokens=TokenFile(file, clock))
