@@ -6,6 +6,9 @@ burst on each, in changing order, and a ratio is the median over rounds of (ours
 is the same with the 32 strongest features of every generated token streamed along, which vLLM cannot give: its ratio is to
 vLLM's plain streams. `null` is vLLM's server against itself, burst against burst: what the machine's noise amounts to.
 
+`cpu` is the time that the server's process (not its engine's) ran for a token, over all rounds: noise and the luck of an
+engine hardly move it, and with as many cores as the model has threads the model waits for it.
+
     python benchmarks/api_overhead.py --json build/api_overhead.json
 
 `--quick` takes two short rounds of one stream, to see that it runs.
@@ -21,11 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import psutil
 from common import add_engine_options, circumstances, measure, parser
 from tqdm import tqdm
 
@@ -45,26 +49,45 @@ class Latency(NamedTuple):
     between: float
 
 
+class Burst(NamedTuple):
+    latency: Latency
+    cpu: float
+    """Seconds that the server's process ran, for each token."""
+
+
 class Servers:
     """Both, and a client of either."""
 
-    def __init__(self, grpc: SteerClient, http: httpx.AsyncClient, name: str, dictionary: str):
+    def __init__(
+        self,
+        grpc: SteerClient,
+        http: httpx.AsyncClient,
+        processes: Sequence[psutil.Process],
+        name: str,
+        dictionary: str,
+    ):
+        """`processes` are steer's and vLLM's."""
         self._grpc = grpc
         self._http = http
+        self._processes = processes
         self._name = name
         self._dictionary = dictionary
         self._count = 0
 
-    async def burst(self, arm: str, streams: int, tokens: int) -> Latency:
+    async def burst(self, arm: str, streams: int, tokens: int) -> Burst:
         """Streams side by side, whose prompts nobody has sent before."""
-        stream = self._openai if arm in (THEIRS, NULL) else self._steer
+        theirs = arm in (THEIRS, NULL)
+        stream = self._openai if theirs else self._steer
+        process = self._processes[theirs]
+        before = _ran(process)
         results = await asyncio.gather(
             *(self._timed(stream, self._prompt(), tokens, arm) for _ in range(streams))
         )
-        return Latency(
+        latency = Latency(
             statistics.median(found.first for found in results),
             statistics.median(found.between for found in results),
         )
+        return Burst(latency, (_ran(process) - before) / (streams * tokens))
 
     async def _timed(
         self,
@@ -120,31 +143,40 @@ async def measured(servers: Servers, options: argparse.Namespace) -> list[dict[s
     rounds, tokens, loads = (2, 8, [1]) if options.quick else (options.rounds, 48, [1, 8, 32])
     found = []
     for streams in loads:
-        latencies: dict[str, list[Latency]] = {arm: [] for arm in ARMS}
+        bursts: dict[str, list[Burst]] = {arm: [] for arm in ARMS}
         for arm in ARMS:
             await servers.burst(arm, streams, 4)
         for number in tqdm(range(rounds), desc=f"{streams} streams", unit="round"):
             order = ARMS[number % len(ARMS) :] + ARMS[: number % len(ARMS)]
             for arm in order:
-                latencies[arm].append(await servers.burst(arm, streams, tokens))
-        found.append({"streams": streams, **_summary(latencies)})
+                bursts[arm].append(await servers.burst(arm, streams, tokens))
+        found.append({"streams": streams, **_summary(bursts)})
     return found
 
 
-def _summary(latencies: dict[str, list[Latency]]) -> dict[str, Any]:
+def _summary(bursts: dict[str, list[Burst]]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
-    for name in ("first", "between"):
-        theirs = [getattr(latency, name) for latency in latencies[THEIRS]]
+    for name in Latency._fields:
+        theirs = [getattr(burst.latency, name) for burst in bursts[THEIRS]]
         entry: dict[str, Any] = {"vllm_ms": round(1e3 * statistics.median(theirs), 2)}
         for arm in (OURS, READOUT, NULL):
-            mine = [getattr(latency, name) for latency in latencies[arm]]
+            mine = [getattr(burst.latency, name) for burst in bursts[arm]]
             ratios = sorted(a / b for a, b in zip(mine, theirs, strict=True))
             entry[arm] = {
                 "ratio": round(statistics.median(ratios), 3),
                 "spread": [round(ratios[0], 3), round(ratios[-1], 3)],
             }
         summary[name] = entry
+    # The kernel counts in ticks of 10 ms, too coarse for the median of short bursts.
+    cpu = {arm: statistics.fmean(burst.cpu for burst in found) for arm, found in bursts.items()}
+    summary["cpu"] = {arm: round(1e6 * seconds, 1) for arm, seconds in cpu.items()}
     return summary
+
+
+def _ran(process: psutil.Process) -> float:
+    """CPU seconds so far, without its children's."""
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 async def main(options: argparse.Namespace) -> dict[str, Any]:
@@ -183,7 +215,8 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
             ):
                 await _until(lambda: grpc.dictionaries(), processes)
                 await _until(lambda: _healthy(http), processes)
-                result = await measured(Servers(grpc, http, "m", "d"), options)
+                running = [psutil.Process(process.pid) for process in processes]
+                result = await measured(Servers(grpc, http, running, "m", "d"), options)
         finally:
             for process in processes:
                 process.terminate()

@@ -91,10 +91,10 @@ def api_overhead() -> str:
     columns = [
         f"{load['streams']} stream{'s' * (load['streams'] > 1)}, {name}"
         for load in loads
-        for name in LATENCIES
+        for name in (*LATENCIES, "server's CPU")
     ]
     lines = [
-        f"{'Compiled' if result['compiled'] else 'Eager'}, prompts of {result['prompt_tokens']} tokens, medians of "
+        f"{_mode(result)}, prompts of {result['prompt_tokens']} tokens, medians of "
         f"{result['rounds']} interleaved rounds; {result['hardware']}; vllm {result['versions']['vllm']}; "
         f"{result['date']}:",
         "",
@@ -102,15 +102,27 @@ def api_overhead() -> str:
         "|---|" + "---|" * len(columns),
     ]
     for arm, title in API_ARMS.items():
-        ratios = [load[key][arm] for load in loads for key in LATENCIES.values()]
-        cells = [
-            f"{found['ratio']:.2f} ({found['spread'][0]:.2f} to {found['spread'][1]:.2f})"
-            for found in ratios
-        ]
+        cells = [cell for load in loads for cell in _latencies(load, arm)]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    times = [f"{load[key]['vllm_ms']:.0f} ms" for load in loads for key in LATENCIES.values()]
+    times = [
+        cell
+        for load in loads
+        for cell in (
+            *(f"{load[key]['vllm_ms']:.0f} ms" for key in LATENCIES.values()),
+            f"{load['cpu']['vllm']:.0f} µs",
+        )
+    ]
     lines.append(f"| vLLM's server | {' | '.join(times)} |")
     return "\n".join(lines)
+
+
+def _latencies(load: dict[str, Any], arm: str) -> list[str]:
+    """Cells of one arm, as ratios to vLLM's server."""
+    cells = [
+        f"{load[key][arm]['ratio']:.2f} ({load[key][arm]['spread'][0]:.2f} to {load[key][arm]['spread'][1]:.2f})"
+        for key in LATENCIES.values()
+    ]
+    return [*cells, f"{load['cpu'][arm] / load['cpu']['vllm']:.2f}"]
 
 
 def trainer_throughput() -> str:
@@ -220,10 +232,14 @@ def _results() -> list[dict[str, Any]]:
     return [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
 
 
+def _mode(result: dict[str, Any]) -> str:
+    return "Compiled" if result["compiled"] else "Eager"
+
+
 def _overhead(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
-        f"{'Compiled' if result['compiled'] else 'Eager'} (float32, {result['n_features']:,} features, medians of "
+        f"{_mode(result)} (float32, {result['n_features']:,} features, medians of "
         f"{result['rounds']} interleaved rounds; {result['hardware']}; {versions}; {result['date']}):",
         "",
         f"| | {' | '.join(LOADS.values())} |",

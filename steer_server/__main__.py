@@ -5,7 +5,8 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvloop
@@ -98,9 +99,6 @@ async def start_engine(config: ServerConfig, registry: Registry) -> Engine:
     except BaseException:
         await engine.shutdown()
         raise
-    # All that was made so far stays. Searched by each full collection, it would hold up every stream.
-    gc.collect()
-    gc.freeze()
     return engine
 
 
@@ -135,11 +133,13 @@ async def serve(
             Operations(config.dictionary_root, config.drain_seconds),
             SessionLimits(config.session_idle_seconds, config.session_max_seconds),
         )
-        await server.open()
-        here, there = address(config.host, port), address(config.metrics_host, scraped.server_port)
-        serving = f"steer {__version__} serving {config.model}"
-        _log.info("%s on %s, metrics on %s/metrics", serving, here, there)
-        await _until_signal(server, engine, config.drain_seconds)
+        with _heap_at_rest():
+            await server.open()
+            here = address(config.host, port)
+            there = address(config.metrics_host, scraped.server_port)
+            serving = f"steer {__version__} serving {config.model}"
+            _log.info("%s on %s, metrics on %s/metrics", serving, here, there)
+            await _until_signal(server, engine, config.drain_seconds)
     finally:
         await server.stop()
         await engine.shutdown()
@@ -190,6 +190,17 @@ def resolve_watch(
             )
         found.setdefault(name, []).append(feature)
     return found
+
+
+@contextmanager
+def _heap_at_rest() -> Iterator[None]:
+    """What start-up made stays; searched by each of Python's full collections, it would hold up every stream."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 async def _until_signal(server: Server, engine: Engine, drain_seconds: float) -> None:

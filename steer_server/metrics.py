@@ -34,6 +34,34 @@ _ACTIVE_FEATURES = tuple(float(1 << power) for power in range(13))
 _SHARES_OF_MAX = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
 _ACTIVATIONS = tuple(2.0**power for power in range(-4, 9, 2))
 _LABEL_LENGTH = 80
+_MOST_WAITING = 4096
+"""Values and arrays that a series keeps uncounted."""
+
+
+class _Series:
+    """Counts and sum of what it took; the latest is counted when somebody looks, or there is much of it."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = np.asarray(bounds)
+        self.counts = np.zeros(len(bounds) + 1, dtype=np.int64)
+        self.total = 0.0
+        self._waiting: list[NDArray] = []
+        self._size = 0
+
+    def take(self, values: NDArray) -> None:
+        self._waiting.append(values)
+        self._size += len(values) + 1
+        # Counting one array takes as long as writing the message it came for; many at once take little more.
+        if self._size >= _MOST_WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        if self._waiting:
+            values = np.concatenate(self._waiting)
+            self._waiting.clear()
+            self._size = 0
+            self.counts += np.bincount(self.bounds.searchsorted(values), minlength=len(self.counts))
+            self.total += float(values.sum(dtype=np.float64))
 
 
 class BulkHistogram(Collector):
@@ -41,14 +69,13 @@ class BulkHistogram(Collector):
 
     def __init__(self, name: str, documentation: str, labels: Sequence[str]) -> None:
         self._name, self._documentation, self._labels = name, documentation, list(labels)
-        self._series: dict[tuple[str, ...], tuple[NDArray, NDArray, list[float]]] = {}
+        self._series: dict[tuple[str, ...], _Series] = {}
         self._lock = threading.Lock()
 
     def add_series(self, labels: tuple[str, ...], bounds: Sequence[float]) -> None:
         """Begins a series; `bounds` are the upper ends of its buckets but the last."""
-        counts = np.zeros(len(bounds) + 1, dtype=np.int64)
         with self._lock:
-            self._series[labels] = (np.asarray(bounds), counts, [0.0])
+            self._series[labels] = _Series(bounds)
 
     def remove_series(self, labels: tuple[str, ...]) -> None:
         """Ends a series."""
@@ -56,10 +83,9 @@ class BulkHistogram(Collector):
             del self._series[labels]
 
     def observe(self, labels: tuple[str, ...], values: NDArray) -> None:
-        bounds, counts, total = self._series[labels]
+        """The array is kept for a while."""
         with self._lock:
-            counts += np.bincount(bounds.searchsorted(values), minlength=len(counts))
-            total[0] += float(values.sum(dtype=np.float64))
+            self._series[labels].take(values)
 
     def describe(self) -> Iterable[Metric]:
         return [self._family()]
@@ -67,10 +93,11 @@ class BulkHistogram(Collector):
     def collect(self) -> Iterable[Metric]:
         family = self._family()
         with self._lock:
-            for labels, (bounds, counts, total) in self._series.items():
-                ends = [floatToGoString(f"{bound:.4g}") for bound in bounds] + ["+Inf"]
-                cumulative = counts.cumsum().tolist()
-                family.add_metric(labels, list(zip(ends, cumulative, strict=True)), total[0])
+            for labels, series in self._series.items():
+                series.settle()
+                ends = [floatToGoString(f"{bound:.4g}") for bound in series.bounds] + ["+Inf"]
+                cumulative = series.counts.cumsum().tolist()
+                family.add_metric(labels, list(zip(ends, cumulative, strict=True)), series.total)
         return [family]
 
     def _family(self) -> HistogramMetricFamily:

@@ -6,6 +6,9 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from steer_server.api import calls
 from steer_server.api.edits import op_of
 from steer_server.api.presets import Presets
@@ -102,6 +105,7 @@ class Run:
         self._use = set(self._dictionaries)
         self._programs = {0: program}
         self._generated_tokens = self._metrics.tokens.labels("generated", self.steered)
+        self._l0_program, self._l0_sources = program, _l0_sources(program)
         self._asked = program
         """Of the last update, whose revision is known only when the engine answers."""
         self._generation = Generation(
@@ -242,21 +246,23 @@ class Run:
             self._observe_rows(output.activations)
 
     def _observe_rows(self, activations: Sequence[ActivationRows]) -> None:
-        sources = _l0_sources(self._of(self.revision))
+        program = self._of(self.revision)
+        if program is not self._l0_program:
+            self._l0_program, self._l0_sources = program, _l0_sources(program)
         for rows in activations:
             if rows.read_out < self._watched:
                 self._watch.observe(rows)
-            self._observe_active(rows, sources)
+            if rows.active is not None:
+                self._observe_active(rows, rows.active)
 
-    def _observe_active(self, rows: ActivationRows, sources: Mapping[tuple[str, str], int]) -> None:
+    def _observe_active(self, rows: ActivationRows, active: NDArray[np.uint32]) -> None:
         """Counts a row once, however many read-outs of its dictionary it is in."""
-        if rows.active is None:
-            return
-        # Positions ascend.
-        end = int(rows.positions.searchsorted(self.prompt_length))
-        for phase, active in (("prompt", rows.active[:end]), ("generated", rows.active[end:])):
-            if len(active) and sources.get((rows.dictionary, phase)) == rows.read_out:
-                self._metrics.active_features.observe((rows.dictionary,), active)
+        # Positions ascend, and most often there is one.
+        generated = rows.positions[0] >= self.prompt_length
+        end = 0 if generated else int(rows.positions.searchsorted(self.prompt_length))
+        for phase, part in (("prompt", active[:end]), ("generated", active[end:])):
+            if len(part) and self._l0_sources.get((rows.dictionary, phase)) == rows.read_out:
+                self._metrics.active_features.observe((rows.dictionary,), part)
 
     def _observe_reports(self, finish: Finish) -> None:
         for report in finish.reports:

@@ -1,6 +1,7 @@
 """Settings from file, environment and flags; start-up and its failures; the registry."""
 
 import asyncio
+import gc
 import logging
 import os
 import re
@@ -332,6 +333,7 @@ async def test_the_server_starts_serves_and_ends_with_a_signal(caplog):
     config = ServerConfig("m", sources, port=0, metrics_port=0, watch=((NAME, 3),))
     running = asyncio.ensure_future(serve(config, start_fake))
     line = await Lines(caplog).containing("serving")
+    frozen = gc.get_freeze_count()
     target, metrics = re.findall(r"127\.0\.0\.1:[0-9]+", line)
 
     async with SteerClient(target) as client:
@@ -346,6 +348,8 @@ async def test_the_server_starts_serves_and_ends_with_a_signal(caplog):
     assert len(events) == 4
     assert b'steer_tokens_total{phase="generated",steered="0"} 2.0' in page
     assert line.startswith("steer 0.1.0 serving m on ")
+    assert frozen > 10_000, "full collections search what start-up made"
+    assert gc.get_freeze_count() == 0
     async with SteerClient(target) as client:
         with pytest.raises(CallFailed):
             await client.dictionaries()

@@ -1,6 +1,7 @@
 """Metrics against what clients saw and what the fake engine computed."""
 
 import urllib.request
+import weakref
 
 import numpy as np
 import pytest
@@ -184,6 +185,23 @@ def test_a_bulk_histogram_counts_like_one_that_takes_single_values():
     (family,) = histogram.collect()
     values = {sample.labels.get("le", sample.name): sample.value for sample in family.samples}
     assert values == {"1.0": 2, "2.0": 4, "+Inf": 5, "h_count": 5, "h_sum": 14.0}
+
+
+def test_a_bulk_histogram_keeps_no_more_arrays_than_it_says():
+    histogram = BulkHistogram("h", "doc", ["name"])
+    histogram.add_series(("a",), (1.0, 2.0))
+    arrays = [np.full(1 + i % 3, 1.5, np.float32) for i in range(2000)]
+    kept = [weakref.ref(array) for array in arrays]
+    n = sum(map(len, arrays))
+
+    while arrays:
+        histogram.observe(("a",), arrays.pop())
+    alive = sum(array() is not None for array in kept)
+    (family,) = histogram.collect()
+
+    assert 0 < alive < 1500
+    values = {sample.labels.get("le", sample.name): sample.value for sample in family.samples}
+    assert values == {"1.0": 0, "2.0": n, "+Inf": n, "h_count": n, "h_sum": 1.5 * n}
 
 
 # What a Prometheus 2.42 sends; with it prometheus_client would answer in OpenMetrics, without colons.
