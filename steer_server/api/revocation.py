@@ -16,12 +16,13 @@ def until_revoked(tokens: TokenFile, token: str, admitted: Principal) -> Iterato
 
     The block then raises Unauthenticated or PermissionDenied. For the task that enters it.
     """
-    version = tokens.version
+    version = None
 
     def look() -> None:
         nonlocal version
         if tokens.version == version:
             return
+        # The first time whatever it is: the file may have changed right after `admitted` was found in it.
         version = tokens.version
         lost = admitted.scopes - tokens.find(token).scopes
         if lost:

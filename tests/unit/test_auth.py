@@ -16,6 +16,7 @@ from steer_server.api import revocation
 from steer_server.api.auth import ANYONE, Principal, Quota, Scope, TokenFile, authorise, new_token
 from steer_server.api.interceptor import Policy
 from steer_server.api.quotas import Quotas
+from steer_server.api.revocation import until_revoked
 from steer_server.api.server import SERVICES
 from steer_server.api.tls import TlsFiles
 from steer_server.errors import InvalidConfig, PermissionDenied, QuotaExceeded, Unauthenticated
@@ -268,6 +269,18 @@ async def test_a_revoked_token_ends_its_running_calls_whatever_they_wait_for(
                 await asyncio.sleep(0.01)
 
     assert ended.value.reason == reason
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_token_that_is_revoked_while_it_is_admitted_ends_the_call_too(file: Path):
+    clock = Clock()
+    tokens = TokenFile(file, clock)
+    admitted = tokens.find("i")
+    file.write_text(entry("o", "observe"))
+    clock.now += 1.1
+
+    with pytest.raises(Unauthenticated), until_revoked(tokens, "i", admitted):
+        await asyncio.sleep(2)
 
 
 @pytest.mark.usefixtures("soon")
