@@ -51,7 +51,7 @@ class _Series:
     def take(self, values: NDArray) -> None:
         self._waiting.append(values)
         self._size += len(values) + 1
-        # Counting one array takes as long as writing the message it came for; many at once take little more.
+        # An array of one value takes as many calls of numpy as thousands at once.
         if self._size >= _MOST_WAITING:
             self.settle()
 

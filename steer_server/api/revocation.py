@@ -20,10 +20,10 @@ def until_revoked(tokens: TokenFile, token: str, admitted: Principal) -> Iterato
 
     def look() -> None:
         nonlocal version
-        if tokens.version == version:
+        # None at first: the file may have changed right after `admitted` was found in it.
+        before, version = version, tokens.version
+        if version == before:
             return
-        # The first time whatever it is: the file may have changed right after `admitted` was found in it.
-        version = tokens.version
         lost = admitted.scopes - tokens.find(token).scopes
         if lost:
             raise PermissionDenied(

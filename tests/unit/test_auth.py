@@ -286,14 +286,25 @@ async def test_a_token_that_is_revoked_while_it_is_admitted_ends_the_call_too(fi
 @pytest.mark.usefixtures("soon")
 async def test_a_changed_file_that_still_has_the_token_ends_nothing(file: Path):
     clock = Clock()
-    policy = Policy(tokens=TokenFile(file, clock))
-    async with serving(policy=policy) as service, SteerClient(service.target, token="i") as client:
+    tokens = TokenFile(file, clock)
+    async with (
+        serving(policy=Policy(tokens=tokens)) as service,
+        SteerClient(service.target, token="i") as client,
+    ):
+        service.engine.steps = asyncio.Semaphore(1)
         running = client.generate("hello", max_tokens=3)
         await anext(running)
-        file.write_text(entry("i", "infer"))
+        # The call is looked at several times before the change and after it.
+        await asyncio.sleep(0.2)
+        file.write_text(entry("i", "infer", "observe"))
         clock.now += 1.1
+        await asyncio.sleep(0.2)
+        service.engine.steps.release()
+        service.engine.steps.release()
+        events = [event async for event in running]
 
-        assert len([event async for event in running]) == 4
+    assert tokens.find("i").scopes == {Scope.INFER, Scope.OBSERVE}
+    assert len(events) == 4
 
 
 def test_a_bad_new_file_leaves_the_old_tokens_in_force_and_is_logged_once(
