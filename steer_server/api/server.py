@@ -42,6 +42,7 @@ SERVICES = (
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
     info_pb2.DESCRIPTOR.services_by_name["ServerInfoService"].full_name,
 )
+_LAST_ANSWERS_SECONDS = 1
 _STOP_SECONDS = 5
 
 _OPTIONS: Sequence[tuple[str, int]] = (
@@ -155,9 +156,11 @@ class Server:
 
     async def stop(self) -> None:
         """Aborts what still runs, and closes the port."""
+        # What a call that has ended said last may still be on its way.
+        grace = _LAST_ANSWERS_SECONDS if self._gate.idle.is_set() else 0
         # grpc.aio may hang here (grpc issue 40989); the process ends in any case.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._server.stop(0), _STOP_SECONDS)
+            await asyncio.wait_for(self._server.stop(grace), _STOP_SECONDS)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in SERVICES:

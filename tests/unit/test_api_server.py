@@ -123,6 +123,22 @@ async def test_a_drain_ends_at_its_deadline_and_the_stop_aborts_the_rest():
     assert len(service.engine.aborted) == 1
 
 
+async def test_a_stop_after_a_drain_cuts_no_answer_that_is_on_its_way():
+    # To gRPC, health's Watch is such a one: its call runs and holds no place of the gate.
+    async with serving() as service:
+        stub = health_pb2_grpc.HealthStub(service.channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICES[0]))
+        await watch.read()
+        await service.server.drain(10)
+        await watch.read()
+        stop = asyncio.ensure_future(service.server.stop())
+        await asyncio.sleep(0.2)
+
+        assert not watch.done()
+        watch.cancel()
+        await asyncio.wait_for(stop, 0.5)
+
+
 async def test_draining_ends_a_session_between_turns_at_once():
     async with serving() as service:
         session = service.steering.Session()
