@@ -91,13 +91,12 @@ class Account:
         """What edits did, as the ledger hands it over."""
         self._of(tally.revision).enter(tally)
 
-    def applied(self, results: Sequence[StepResult]) -> tuple[RevisionApplied, ...]:
+    def applied(self, result: StepResult) -> list[RevisionApplied]:
         """The revisions that began to hold, by the first generated token drawn under them."""
-        return tuple(
+        return [
             RevisionApplied(revision, max(0, position + 1 - self.prompt_length))
-            for result in results
             for revision, position in result.applied
-        )
+        ]
 
     def close(self) -> tuple[EditReport, ...]:
         """One report per edit and revision that held; EditNotApplied if a row in scope was missed.

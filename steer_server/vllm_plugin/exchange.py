@@ -8,12 +8,18 @@ from numpy.typing import NDArray
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from steer_server.generation import Finish, FinishReason, Generation, StepOutput
+from steer_server.generation import (
+    ActivationRows,
+    Finish,
+    FinishReason,
+    Generation,
+    RevisionApplied,
+    StepOutput,
+)
 from steer_server.program import Program
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.frontend import DISTRIBUTION, FORCED, LIVE
-from steer_server.vllm_plugin.report import StepResult
 
 
 def parameters(generation: Generation) -> SamplingParams:
@@ -57,22 +63,27 @@ def step(output: Any, index: int, forced: int, account: Account | None) -> StepO
         cached = output.num_cached_tokens or 0
         limited = account.limited_tokens if account else 0
         finish = Finish(reason, prompt_tokens, generated, cached, reports, limited)
-    found = StepOutput(
+    rows: list[ActivationRows] = []
+    applied: list[RevisionApplied] = []
+    seconds: dict[str, float] = {}
+    for result in results:
+        rows += result.rows
+        if account and result.applied:
+            applied += account.applied(result)
+        for name, spent in result.encode_seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + spent
+    return StepOutput(
         index,
         token_ids,
         completion.text,
         _logprobs(completion.logprobs, token_ids),
         _logprobs(output.prompt_logprobs, output.prompt_token_ids),
         _distribution(account),
-        cached_tokens=output.num_cached_tokens or 0,
-        finish=finish,
-    )
-    if account is None or not results:
-        return found
-    return found._replace(
-        activations=tuple(rows for result in results for rows in result.rows),
-        applied=account.applied(results),
-        encode_seconds=_seconds(results),
+        tuple(rows),
+        tuple(applied),
+        output.num_cached_tokens or 0,
+        seconds,
+        finish,
     )
 
 
@@ -93,11 +104,3 @@ def _distribution(account: Account | None) -> NDArray[np.float32] | None:
     found = np.full(len(ids) - 1, -np.inf, np.float32)
     found[ids] = logprobs
     return found
-
-
-def _seconds(results: Sequence[StepResult]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for result in results:
-        for name, seconds in result.encode_seconds.items():
-            total[name] = total.get(name, 0.0) + seconds
-    return total

@@ -1,6 +1,7 @@
 """Encodes the rows that requests asked to read, after the model ran and off its path."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from steer_server.program import ReadOut
 from steer_server.vllm_plugin.encode_kernel import MAX_K, encode_topk
 from steer_server.vllm_plugin.report import RowBlock
 from steer_server.vllm_plugin.residents import Resident
+from steer_server.vllm_plugin.strongest import strongest
 
 
 class Want(NamedTuple):
@@ -26,7 +28,9 @@ class Want(NamedTuple):
 
 
 Encoded = tuple[Tensor, ...]
-"""Features and values, [rows, listed], strongest or first asked for first; and, at full width, how many are active."""
+"""What encoding leaves for `Reading.block`: mostly features and values [rows, k], and, at full width, how many are active."""
+Listed = tuple[NDArray, NDArray, NDArray, NDArray | None]
+"""How many features of each row; the features and values, row after row; and how many are active."""
 
 
 class Reading:
@@ -48,7 +52,7 @@ class Reading:
             if together
             else torch.from_numpy(rows).to(device)
         )
-        self._encode = (
+        self._encode, self._list = (
             self._named(wants) if wants[0].spec.features else self._strongest(wants, kernels)
         )
 
@@ -65,49 +69,28 @@ class Reading:
         self, encoded: Sequence[Tensor], position_of_row: NDArray, seconds: float
     ) -> RowBlock:
         """The encoded rows, which are on the host, as they travel; `position_of_row` is of every row of the batch."""
-        features, values, *active = (tensor.numpy() for tensor in encoded)
-        listed = np.abs(values) > self._above
-        listed &= self._kept
-        return RowBlock(
-            self._name,
-            self._wants,
-            position_of_row[self._row_numbers].astype(np.uint32),
-            listed.sum(axis=1).astype(np.uint32),
-            features[listed].astype(np.uint32),
-            values[listed],
-            active[0].astype(np.uint32) if active else None,
-            seconds,
+        positions = position_of_row[self._row_numbers].astype(np.uint32)
+        listed = self._list(*(tensor.numpy() for tensor in encoded))
+        return RowBlock(self._name, self._wants, positions, *listed, seconds)
+
+    def _strongest(self, wants: Sequence[Want], kernels: bool) -> "_Way":
+        resident = self._resident
+        n_features = len(resident.rows.bias)
+        limits = np.repeat([min(want.spec.limit, n_features) for want in wants], self._lengths)
+        above = np.repeat([float(want.spec.above or 0) for want in wants], self._lengths)
+        if not kernels and resident.sparse:
+            return _one_pass(resident, above, limits)
+        k = int(limits.max())
+        kept = np.arange(k) < limits[:, None]
+        encode = (
+            _fused(resident, k)
+            if kernels and k <= MAX_K and not resident.k
+            else _by_topk(resident, k)
         )
+        return encode, partial(_listed, above[:, None], kept)
 
-    def _strongest(self, wants: Sequence[Want], kernels: bool) -> Callable[[Tensor], Encoded]:
-        n_features = len(self._resident.rows.bias)
-        k = min(max(want.spec.limit for want in wants), n_features)
-        limits = np.repeat([want.spec.limit for want in wants], self._lengths)
-        self._kept = np.arange(k) < limits[:, None]
-        self._above = np.repeat([want.spec.above or 0.0 for want in wants], self._lengths)[:, None]
-
-        if kernels and k <= MAX_K and not self._resident.k:
-            return self._fused(k)
-
-        def encode(x: Tensor) -> Encoded:
-            f = self._resident.encode(x)
-            # A direction without an encoder may be active below zero; strongest means farthest from it.
-            size = f if self._resident.non_negative else f.abs()
-            found = size.topk(k, dim=1)
-            values = found.values if size is f else f.gather(1, found.indices)
-            return found.indices, values, self._resident.count_active(f)
-
-        return encode
-
-    def _fused(self, k: int) -> Callable[[Tensor], Encoded]:
-        rows = self._resident.rows
-
-        def encode(x: Tensor) -> Encoded:
-            return encode_topk(x, rows.encoder, rows.bias, rows.threshold, k)
-
-        return encode
-
-    def _named(self, wants: Sequence[Want]) -> Callable[[Tensor], Encoded]:
+    def _named(self, wants: Sequence[Want]) -> "_Way":
+        resident = self._resident
         union = sorted({feature for want in wants for feature in want.spec.features})
         widest = max(len(want.spec.features) for want in wants)
         place = np.zeros((len(wants), widest), np.int64)
@@ -115,18 +98,65 @@ class Reading:
         for line, want in enumerate(wants):
             kept[line, : len(want.spec.features)] = True
             place[line, : len(want.spec.features)] = np.searchsorted(union, want.spec.features)
-        self._kept = np.repeat(kept, self._lengths, axis=0)
-        self._above = np.float32(0.0)
-        device = self._resident.rows.bias.device
+        device = resident.rows.bias.device
         columns = torch.from_numpy(np.repeat(place, self._lengths, axis=0)).to(device)
         features = torch.tensor(union, device=device)[columns]
-        chosen = self._resident.rows.take(torch.tensor(union, device=device))
+        chosen = resident.rows.take(torch.tensor(union, device=device))
 
         def encode(x: Tensor) -> Encoded:
-            f = self._resident.encode(x)[:, union] if self._resident.k else chosen.encode(x)
+            f = resident.encode(x)[:, union] if resident.k else chosen.encode(x)
             return features, f.gather(1, columns)
 
-        return encode
+        return encode, partial(_listed, np.zeros(1), np.repeat(kept, self._lengths, axis=0))
+
+
+_Way = tuple[Callable[[Tensor], Encoded], Callable[..., Listed]]
+"""Encodes rows on the device, and lists on the host what that has left."""
+
+
+def _one_pass(resident: Resident, above: NDArray, limits: NDArray) -> _Way:
+    threshold = resident.rows.threshold.numpy()
+
+    def encode(x: Tensor) -> Encoded:
+        return (resident.preactivations(x),)
+
+    return encode, lambda z: strongest(z, threshold, above, limits)
+
+
+def _by_topk(resident: Resident, k: int) -> Callable[[Tensor], Encoded]:
+    def encode(x: Tensor) -> Encoded:
+        f = resident.encode(x)
+        # A direction without an encoder may be active below zero; strongest means farthest from it.
+        found = f.abs().topk(k, dim=1)
+        return found.indices, f.gather(1, found.indices), torch.count_nonzero(f, dim=1)
+
+    return encode
+
+
+def _fused(resident: Resident, k: int) -> Callable[[Tensor], Encoded]:
+    rows = resident.rows
+
+    def encode(x: Tensor) -> Encoded:
+        return encode_topk(x, rows.encoder, rows.bias, rows.threshold, k)
+
+    return encode
+
+
+def _listed(
+    above: NDArray,
+    kept: NDArray,
+    features: NDArray,
+    values: NDArray,
+    active: NDArray | None = None,
+) -> Listed:
+    listed = np.abs(values) > above
+    listed &= kept
+    return (
+        listed.sum(axis=1).astype(np.uint32),
+        features[listed].astype(np.uint32),
+        values[listed],
+        None if active is None else active.astype(np.uint32),
+    )
 
 
 def readings(wants: Sequence[tuple[Resident, Want]], kernels: bool) -> list[Reading]:

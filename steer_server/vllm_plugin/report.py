@@ -22,7 +22,7 @@ class RevisionStart(NamedTuple):
     position: int
 
 
-@dataclass
+@dataclass(slots=True)
 class StepResult:
     """What steps did for one request, gathered until a token carries it home."""
 
@@ -190,23 +190,27 @@ class StepReport:
 
 
 def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:
-    splits = np.zeros(len(block.counts) + 1, np.uint32)
-    np.cumsum(block.counts, out=splits[1:])
+    dictionary, wants, positions, counts, features, values, active, _ = block
+    splits = np.zeros(len(counts) + 1, np.uint32)
+    counts.cumsum(out=splits[1:])
     ends = splits.tolist()
+    # Most read-outs are of one row in a step; a subtraction for each would take as long as all the rest.
+    alone = np.zeros((len(counts), 2), np.uint32)
+    alone[:, 1] = counts
     first = 0
-    for request, read_out, count in block.wants:
-        last = first + count
-        listed = slice(ends[first], ends[last])
+    for request, read_out, n_rows in wants:
+        last = first + n_rows
+        start, stop = ends[first], ends[last]
         yield (
             request,
             ActivationRows(
                 read_out,
-                block.dictionary,
-                block.positions[first:last],
-                splits[first : last + 1] - splits[first],
-                block.features[listed],
-                block.values[listed],
-                None if block.active is None else block.active[first:last],
+                dictionary,
+                positions[first:last],
+                alone[first] if n_rows == 1 else splits[first : last + 1] - splits[first],
+                features[start:stop],
+                values[start:stop],
+                None if active is None else active[first:last],
             ),
         )
         first = last

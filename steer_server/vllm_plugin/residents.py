@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer_server.dictionary import files
 from steer_server.dictionary.dictionary import Dictionary, FeatureRows, keep_largest
-from steer_server.dictionary.linear import pack
+from steer_server.dictionary.linear import linear, pack
 from steer_server.dictionary.site import Site
 from steer_server.errors import CorruptDictionary, DictionaryMismatch, OutOfMemory
 from steer_server.vllm_plugin.bank import Bank, Feature
@@ -23,8 +23,8 @@ class Resident(NamedTuple):
     rows: FeatureRows
     k: int
     """Active features per token of a TopK dictionary, else 0."""
-    non_negative: bool
-    """Whether no activation is below 0."""
+    sparse: bool
+    """Whether it is on the host and a feature is active exactly where it passes a threshold of 0 or more."""
     rectified: bool
     """Whether every threshold is 0."""
     packed: Tensor | None
@@ -35,10 +35,9 @@ class Resident(NamedTuple):
         f = self.rows.encode(x, rectified=self.rectified, packed=self.packed)
         return keep_largest(f, self.k) if self.k else f
 
-    def count_active(self, f: Tensor) -> Tensor:
-        """Active features per row. Of `f` nothing is left."""
-        # count_nonzero takes several times as long, and at many rows so does a sign that is put elsewhere.
-        return f.sign_().sum(dim=1) if self.non_negative else torch.count_nonzero(f, dim=1)
+    def preactivations(self, x: Tensor) -> Tensor:
+        """The activations where they pass the threshold, and elsewhere what does not."""
+        return linear(x, self.rows.encoder, self.rows.bias, packed=self.packed)
 
 
 def read(name: str, folder: Path, arithmetic: str) -> files.StoredDictionary:
@@ -93,7 +92,7 @@ class Residents(dict[str, Resident]):
                 number,
                 rows,
                 dictionary.k,
-                non_negative=bool((rows.threshold >= 0).all()),
+                sparse=rows.bias.is_cpu and not dictionary.k and bool((rows.threshold >= 0).all()),
                 rectified=bool((rows.threshold == 0).all()),
                 packed=pack(rows.encoder),
             )
