@@ -1,7 +1,6 @@
 """What a request asks of the model's features: edits, where and when they apply, and read-outs."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -54,14 +53,14 @@ class Scope:
         return self.prompt != self.generated
 
     @cached_property
-    def _counts_back(self) -> bool:
+    def counts_back(self) -> bool:
         """Whether some position counts from the prompt's end."""
         ends = [end for window in self.windows for end in window if end is not None]
         return min((*self.positions, *self.exclude_positions, *ends), default=0) < 0
 
     def resolve(self, prompt_length: int, *, field: str = "scope") -> "Scope":
         """The same with absolute positions; InvalidRequest for one before the prompt's start."""
-        if not self._counts_back:
+        if not self.counts_back:
             return self
 
         def absolute(position: int, where: str) -> int:
@@ -116,8 +115,10 @@ class Where(NamedTuple):
 
     def holds_somewhere(self, rows: int, prompt_length: int) -> bool:
         """Whether it may run at one of the positions 0..rows - 1, whatever tokens come."""
-        free = replace(self.scope, token_ids=frozenset(), exclude_token_ids=frozenset())
-        where = self._replace(scope=free)
+        where = self
+        if self.scope.reads_tokens:
+            free = replace(self.scope, token_ids=frozenset(), exclude_token_ids=frozenset())
+            where = self._replace(scope=free)
         starts = {0, prompt_length, *self.edges()}
         return any(where.holds(p, prompt_length, -1) for p in starts if 0 <= p < rows)
 
@@ -263,12 +264,13 @@ class Program:
 
     def resolve(self, prompt_length: int) -> "Program":
         """The same with absolute positions; InvalidRequest names one that lies before the prompt."""
-        edits = tuple(
+        if not self.patches and not any(where.scope.counts_back for where in self.groups):
+            return self
+        edits = (
             entry.resolve(prompt_length, field=f"edits[{index}]")
             for index, entry in enumerate(self.edits)
         )
-        moved = any(new is not old for new, old in zip(edits, self.edits, strict=True))
-        return replace(self, edits=edits) if moved else self
+        return replace(self, edits=tuple(edits))
 
     @cached_property
     def features(self) -> frozenset[tuple[str, int]]:
@@ -317,10 +319,9 @@ def _canonical(entry: FeatureEdit, hashes: Mapping[str, str]) -> list[Any]:
 
 
 def _canonical_scope(scope: Scope) -> str:
-    return json.dumps(
-        [
-            [scope.prompt, scope.generated, sorted(scope.windows, key=str)],
-            [sorted(scope.positions), sorted(scope.token_ids)],
-            [sorted(scope.exclude_positions), sorted(scope.exclude_token_ids)],
-        ]
-    )
+    content = [
+        [scope.prompt, scope.generated, sorted(scope.windows, key=str)],
+        [sorted(scope.positions), sorted(scope.token_ids)],
+        [sorted(scope.exclude_positions), sorted(scope.exclude_token_ids)],
+    ]
+    return msgspec.json.encode(content).decode()

@@ -8,7 +8,7 @@ A missing value is the default of `Program`'s classes; an unknown one is an erro
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from typing import Any
 
 from steer_server.dictionary.edits import (
@@ -41,12 +41,15 @@ _EDIT_KEYS = {"dictionary", "feature", "scope", "when", *KINDS}
 
 def to_json(program: Program) -> dict[str, Any]:
     """`program` in plain values; whatever has its default is left out."""
-    limit = replace(program, edits=(), read_outs=())
-    return {
+    found: dict[str, Any] = {
         "edits": [_edit_to_json(entry) for entry in program.edits],
         "read_outs": [_plain(entry) for entry in program.read_outs],
-        **_plain(limit),
     }
+    if program.max_relative_size is not None:
+        found["max_relative_size"] = program.max_relative_size
+    if program.oversize is not Oversize.REJECT:
+        found["oversize"] = program.oversize
+    return found
 
 
 def from_json(content: Any, dictionaries: Dictionaries | None = None) -> Program:
