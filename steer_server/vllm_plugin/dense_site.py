@@ -1,4 +1,4 @@
-"""The op in plain torch: two dense products over the features in use, whatever the mix of programs."""
+"""The op without Triton: two dense products over the features in use, or row by row where there are few edits."""
 
 import numpy as np
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor
 from steer_server.dictionary.edits import Coefficients, activation_change
 from steer_server.program import MAX_RELATIVE_SIZE
 from steer_server.vllm_plugin.bank import Bank
+from steer_server.vllm_plugin.edit_rows import RowPlan
 from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.site_edits import Outcome, SiteEdits, SitePass
 
@@ -17,14 +18,15 @@ class DenseSite:
     def __init__(self, bank: Bank, residents: Residents) -> None:
         self._bank = bank
         self._residents = residents
-        self._plan: _Plan | None = None
+        self._edits: SiteEdits | None = None
+        self._plan: RowPlan | DensePlan | None = None
         self._before = self._after = False
         self._n_rows = 0
         self._pass = SitePass()
 
     def prepare(self, edits: SiteEdits | None, before: bool, after: bool, n_rows: int) -> None:
         """From now on passes have `n_rows` rows; x is kept before and after the edits where that is asked for."""
-        self._plan = _Plan(edits, self._bank, self._residents, n_rows) if edits else None
+        self._edits, self._plan = edits, None
         self._before, self._after, self._n_rows = before, after, n_rows
 
     def begin(self) -> None:
@@ -33,16 +35,16 @@ class DenseSite:
 
     def run(self, hidden: Tensor, residual: Tensor | None) -> None:
         """The op's body. Rows past the step's own are padding and left alone."""
-        if self._plan is None and not self._before and not self._after:
+        if self._edits is None and not self._before and not self._after:
             return
         if len(hidden) > self._n_rows:
             hidden = hidden[: self._n_rows]
             residual = None if residual is None else residual[: self._n_rows]
-        x = _stream(hidden, residual)
-        if self._plan is not None:
-            self._pass.outcome = self._plan.apply(x, hidden)
         if self._before:
-            self._pass.before = x
+            self._pass.before = _stream(hidden, residual)
+        if self._edits is not None:
+            self._plan = self._plan or self._ready(self._edits, hidden, residual)
+            self._pass.outcome = self._plan.apply(hidden, residual)
         if self._after:
             self._pass.after = _stream(hidden, residual)
 
@@ -50,8 +52,15 @@ class DenseSite:
         """What the pass left."""
         return self._pass
 
+    def _ready(
+        self, edits: SiteEdits, hidden: Tensor, residual: Tensor | None
+    ) -> "RowPlan | DensePlan":
+        if RowPlan.suits(edits, self._bank, self._residents, hidden, residual):
+            return RowPlan(edits, self._bank)
+        return DensePlan(edits, self._bank, self._residents, len(hidden))
 
-class _Plan:
+
+class DensePlan:
     """`SiteEdits` ready to run.
 
     Each row has its own coefficients; a row without a program is not touched at all. Where a row's program leaves a
@@ -99,9 +108,9 @@ class _Plan:
         self._slots = len(slots)
         self._chosen = _chosen_by_rank(slots, bank, residents)
 
-    def apply(self, x: Tensor, hidden: Tensor) -> Outcome:
-        """Adds the edits' delta to `hidden`; `x` are the batch rows before any edit, in float32."""
-        x = self._of(x)
+    def apply(self, hidden: Tensor, residual: Tensor | None) -> Outcome:
+        """Adds the edits' delta to `hidden`; x is the sum of both, where there are two."""
+        x = self._of(_stream(hidden, residual))
         x_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         change = self._change(x, x_norm)
         spread = change
