@@ -17,7 +17,7 @@ from steer_server.errors import (
     Overloaded,
     UnknownFeature,
 )
-from steer_server.program import MAX_RELATIVE_SIZE, Oversize, Program, ReadOut
+from steer_server.program import MAX_RELATIVE_SIZE, Condition, Oversize, Program, ReadOut
 from steer_server.program_json import from_json, to_json
 
 MAX_EDITS = 1024
@@ -57,25 +57,20 @@ def check(program: Program, dictionaries: Dictionaries) -> None:
     _limit(program)
     seen: dict[tuple[str, int], int] = {}
     for index, entry in enumerate(program.edits):
-        path = f"edits[{index}]"
-        stored = _dictionary(entry.dictionary, dictionaries, f"{path}.dictionary")
-        _feature(entry.edit.feature, stored, f"{path}.feature")
-        first = seen.setdefault((entry.dictionary, entry.edit.feature), index)
+        name, feature = entry.dictionary, entry.edit.feature
+        stored = dictionaries.get(name)
+        if stored is None:
+            raise _not_resident(name, dictionaries, f"edits[{index}].dictionary")
+        if not 0 <= feature < stored.card.n_features:
+            raise _unknown(feature, stored, f"edits[{index}].feature")
+        first = seen.setdefault((name, feature), index)
         if first != index:
             raise ConflictingEdits(
-                f"feature {entry.edit.feature} of {entry.dictionary!r} is already edited by "
-                f"edits[{first}]; name each feature once",
-                field=f"{path}.feature",
+                f"feature {feature} of {name!r} is already edited by edits[{first}]; name each feature once",
+                field=f"edits[{index}].feature",
             )
         if entry.when is not None:
-            other = _dictionary(entry.when.dictionary, dictionaries, f"{path}.when.dictionary")
-            _feature(entry.when.feature, other, f"{path}.when.feature")
-            if other.card.site != stored.card.site:
-                raise DictionaryMismatch(
-                    f"a condition is of the edit's own site, {stored.card.site}; dictionary "
-                    f"{entry.when.dictionary!r} is of {other.card.site}",
-                    field=f"{path}.when.dictionary",
-                )
+            _condition(entry.when, stored, dictionaries, f"edits[{index}].when")
     for index, entry in enumerate(program.read_outs):
         _read_out(entry, dictionaries, f"read_outs[{index}]")
 
@@ -136,22 +131,41 @@ def _slots_needed(
     return needed
 
 
+def _condition(
+    when: Condition, stored: StoredDictionary, dictionaries: Dictionaries, path: str
+) -> None:
+    other = _dictionary(when.dictionary, dictionaries, f"{path}.dictionary")
+    _feature(when.feature, other, f"{path}.feature")
+    if other.card.site != stored.card.site:
+        raise DictionaryMismatch(
+            f"a condition is of the edit's own site, {stored.card.site}; dictionary "
+            f"{when.dictionary!r} is of {other.card.site}",
+            field=f"{path}.dictionary",
+        )
+
+
 def _dictionary(name: str, dictionaries: Dictionaries, path: str) -> StoredDictionary:
     if name not in dictionaries:
-        there = ", ".join(sorted(dictionaries)) or "none"
-        raise DictionaryNotFound(
-            f"no dictionary {name[:64]!r} is resident; there are: {there}",
-            name=name[:64],
-            field=path,
-        )
+        raise _not_resident(name, dictionaries, path)
     return dictionaries[name]
 
 
 def _feature(feature: int, stored: StoredDictionary, path: str) -> None:
     if not 0 <= feature < stored.card.n_features:
-        raise UnknownFeature(
-            f"feature {feature} is not in 0..{stored.card.n_features - 1}", field=path
-        )
+        raise _unknown(feature, stored, path)
+
+
+def _not_resident(name: str, dictionaries: Dictionaries, path: str) -> DictionaryNotFound:
+    there = ", ".join(sorted(dictionaries)) or "none"
+    return DictionaryNotFound(
+        f"no dictionary {name[:64]!r} is resident; there are: {there}", name=name[:64], field=path
+    )
+
+
+def _unknown(feature: int, stored: StoredDictionary, path: str) -> UnknownFeature:
+    return UnknownFeature(
+        f"feature {feature} is not in 0..{stored.card.n_features - 1}", field=path
+    )
 
 
 def _limit(program: Program) -> None:

@@ -299,9 +299,9 @@ class Program:
             return None
         scopes = {where: _canonical_scope(where.scope) for where in self.groups}
         canonical = sorted(
-            [*_canonical(entry, hashes), scopes[where]]
+            _canonical(self.edits[index], hashes, scopes[where])
             for where, indices in self.groups.items()
-            for entry in map(self.edits.__getitem__, indices)
+            for index in indices
         )
         phases = any(where.scope.reads_phase for where in self.groups)
         content = [canonical, prompt_length if phases else None, nonce]
@@ -311,11 +311,11 @@ class Program:
         return hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()
 
 
-def _canonical(entry: FeatureEdit, hashes: Mapping[str, str]) -> list[Any]:
+def _canonical(entry: FeatureEdit, hashes: Mapping[str, str], scope: str) -> list[Any]:
     """Any two can be put in order: those of one kind have values of the same types."""
     edit, when = entry.edit, entry.when
     condition = "" if when is None else f"{hashes[when.dictionary]} {when.feature} {when.above!r}"
-    return [hashes[entry.dictionary], type(edit).__name__, *vars(edit).values(), condition]
+    return [hashes[entry.dictionary], type(edit).__name__, *vars(edit).values(), condition, scope]
 
 
 def _canonical_scope(scope: Scope) -> str:

@@ -77,28 +77,31 @@ def from_json(content: Any, dictionaries: Dictionaries | None = None) -> Program
 
 
 def _edit_to_json(entry: FeatureEdit) -> dict[str, Any]:
-    found: dict[str, Any] = {"dictionary": entry.dictionary, "feature": entry.edit.feature}
-    match entry.edit:
-        case Ablate():
-            found["ablate"] = {}
-        case Clamp(_, value):
-            found["clamp"] = {"value": value}
-        case Scale(_, factor):
-            found["scale"] = {"factor": factor}
-        case Add(_, value):
-            found["add"] = {"value": value}
-        case AddRelative(_, share):
-            found["add"] = {"value": share, "unit": str(Unit.RELATIVE_NORM)}
-        case Limit():
-            found["limit"] = _plain(entry.edit)
-            del found["limit"]["feature"]
-        case Patch(_, values):
-            found["patch"] = {"values": [list(pair) for pair in values]}
+    edit = entry.edit
+    kind, value = _WRITTEN[type(edit)](edit)
+    found: dict[str, Any] = {"dictionary": entry.dictionary, "feature": edit.feature, kind: value}
     if entry.scope is not EVERYWHERE and entry.scope != EVERYWHERE:
         found["scope"] = _plain(entry.scope)
     if entry.when is not None:
         found["when"] = _plain(entry.when)
     return found
+
+
+def _bounds(edit: Limit) -> dict[str, Any]:
+    found = _plain(edit)
+    del found["feature"]
+    return found
+
+
+_WRITTEN: dict[type[Edit], Callable[[Any], tuple[str, dict[str, Any]]]] = {
+    Ablate: lambda edit: ("ablate", {}),
+    Clamp: lambda edit: ("clamp", {"value": edit.value}),
+    Scale: lambda edit: ("scale", {"factor": edit.factor}),
+    Add: lambda edit: ("add", {"value": edit.value}),
+    AddRelative: lambda edit: ("add", {"value": edit.share, "unit": Unit.RELATIVE_NORM.value}),
+    Limit: lambda edit: ("limit", _bounds(edit)),
+    Patch: lambda edit: ("patch", {"values": [list(pair) for pair in edit.values]}),
+}
 
 
 def _plain(entry: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from steer_server.vllm_plugin.site_edits import Outcome, SiteEdits, SitePass
 
 
 class DenseSite:
-    """One site whose op runs in torch, told before each pass what it is to do."""
+    """One site, told before each pass what it is to do."""
 
     def __init__(self, bank: Bank, residents: Residents) -> None:
         self._bank = bank

@@ -14,8 +14,8 @@ from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.site_edits import Outcome, SiteEdits
 
-_MOST = 1024
-"""Entries, of all rows together, up to which this is faster than dense products."""
+_MOST_ROWS, _MOST_ENTRIES = 128, 2048
+"""Up to these, entries of all rows together, it is faster than dense products, which share their rows among threads."""
 
 
 class RowPlan:
@@ -47,7 +47,8 @@ class RowPlan:
         batch = [hidden] if residual is None else [hidden, residual]
         return (
             all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in batch)
-            and len(edits.line_of_row) * lines.slot.shape[1] <= _MOST
+            and len(edits.line_of_row) <= _MOST_ROWS
+            and len(edits.line_of_row) * lines.slot.shape[1] <= _MOST_ENTRIES
             and lines.bounds is None
             and not (lines.when_above > -np.inf).any()
             and not any(
