@@ -84,6 +84,7 @@ bench: model ## benchmarks; results as JSON in build/
 	mkdir -p build
 	$(BIN)/python benchmarks/serving_overhead.py --json build/serving_overhead.json
 	$(BIN)/python benchmarks/serving_overhead.py --compiled --json build/serving_overhead_compiled.json
+	$(BIN)/python benchmarks/cpu_paths.py --json build/cpu_paths.json
 	$(BIN)/python benchmarks/growth.py --json build/growth.json --plot build/growth.svg
 	$(BIN)/python benchmarks/live_update.py --json build/live_update.json
 	$(BIN)/python benchmarks/api_overhead.py --json build/api_overhead.json

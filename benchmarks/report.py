@@ -16,6 +16,7 @@ PAGES = {
     "README.md": ("costs",),
     "benchmarks/README.md": (
         "serving_overhead",
+        "cpu_paths",
         "api_overhead",
         "trainer_throughput",
         "trainer_profile",
@@ -79,6 +80,30 @@ def costs() -> str:
 def serving_overhead() -> str:
     """Speed against plain vLLM: for each mode a table, a row a case and a column a load."""
     return "\n\n".join(map(_overhead, _results()))
+
+
+def cpu_paths() -> str:
+    """How many times as long torch takes as compiled code, a row a task and a column a number of rows."""
+    path = RESULTS / "cpu_paths.json"
+    if not path.exists():
+        return _UNMEASURED
+    result = json.loads(path.read_text())
+    cells: dict[str, dict[int, str]] = {}
+    for load in result["loads"]:
+        line = cells.setdefault(f"{load['what']}, {load['entries']}", {})
+        line[load["rows"]] = f"{load['ratio']:.2f} ({load['us']['compiled']:.0f} µs)"
+    columns = sorted({load["rows"] for load in result["loads"]})
+    heads = ["1 row" if n == 1 else f"{n} rows" for n in columns]
+    packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = [
+        f"Medians of {result['rounds']} rounds; {result['hardware']}; {packages}; {result['date']}:",
+        "",
+        f"| | {' | '.join(heads)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name, line in cells.items():
+        lines.append(f"| {name} | {' | '.join(line[n] for n in columns)} |")
+    return "\n".join(lines)
 
 
 def api_overhead() -> str:
@@ -261,6 +286,7 @@ def _cell(found: dict[str, Any], case: str) -> str:
 TABLES = {
     "costs": costs,
     "serving_overhead": serving_overhead,
+    "cpu_paths": cpu_paths,
     "api_overhead": api_overhead,
     "trainer_throughput": trainer_throughput,
     "trainer_profile": trainer_profile,

@@ -25,6 +25,7 @@ class RowPlan:
         lines = edits.lines
         rows = edits.rows
         self._rows = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
+        self._last = int(self._rows.max())
         self._line = edits.line_of_row
         self._slot = lines.slot
         encoder, bias, threshold, decoder = (tensor.numpy() for tensor in bank.rows)
@@ -58,6 +59,11 @@ class RowPlan:
 
     def apply(self, hidden: Tensor, residual: Tensor | None) -> Outcome:
         """Adds the edits' delta to `hidden`; x is the sum of both, where there are two."""
+        # Compiled code would not notice that it reads and writes elsewhere.
+        if len(hidden) <= self._last or hidden.shape[1] != self._encoder.shape[1]:
+            raise ValueError(
+                f"edits of rows to {self._last}, and {tuple(hidden.shape)} is the batch"
+            )
         batch = hidden.numpy()
         other = batch[:0] if residual is None else residual.numpy()
         change, x_norm, applied = _edit_rows(

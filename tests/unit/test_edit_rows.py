@@ -117,6 +117,15 @@ def test_a_delta_that_is_too_large_leaves_its_row_and_no_other():
     assert not torch.equal(hidden[3], case.hidden[3])
 
 
+@pytest.mark.parametrize("shape", [(8, D_MODEL), (9, D_MODEL + 1)])
+def test_a_batch_of_another_shape_is_refused(shape: tuple[int, int]):
+    case = Case()
+    plan = RowPlan(case.edits([(0, 9, 0)]), case.bank)
+
+    with pytest.raises(ValueError, match="edits of rows to 8"):
+        plan.apply(torch.zeros(shape), None)
+
+
 def test_it_is_for_few_edits_that_need_no_more_than_their_own_feature():
     case = Case()
     assert case.suits(case.edits([(0, 9, 0)]))
