@@ -23,7 +23,7 @@ REPO = Path(__file__).parents[2]
 DEPLOY = REPO / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-OF_VLLM_IMAGE = {"msgspec", "numpy", "prometheus-client", "safetensors", "uvloop"}
+OF_VLLM_IMAGE = {"msgspec", "numba", "numpy", "prometheus-client", "safetensors", "uvloop"}
 
 
 def package_name(requirement: str) -> str:
