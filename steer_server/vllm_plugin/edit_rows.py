@@ -60,7 +60,8 @@ class RowPlan:
     def apply(self, hidden: Tensor, residual: Tensor | None) -> Outcome:
         """Adds the edits' delta to `hidden`; x is the sum of both, where there are two."""
         # Compiled code would not notice that it reads and writes elsewhere.
-        if len(hidden) <= self._last or hidden.shape[1] != self._encoder.shape[1]:
+        short = len(hidden) <= self._last or hidden.shape[1] != self._encoder.shape[1]
+        if short or (residual is not None and residual.shape != hidden.shape):
             raise ValueError(
                 f"edits of rows to {self._last}, and {tuple(hidden.shape)} is the batch"
             )

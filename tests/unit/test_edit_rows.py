@@ -124,6 +124,8 @@ def test_a_batch_of_another_shape_is_refused(shape: tuple[int, int]):
 
     with pytest.raises(ValueError, match="edits of rows to 8"):
         plan.apply(torch.zeros(shape), None)
+    with pytest.raises(ValueError, match="edits of rows to 8"):
+        plan.apply(case.hidden, torch.zeros(shape))
 
 
 def test_it_is_for_few_edits_that_need_no_more_than_their_own_feature():
