@@ -76,10 +76,11 @@ class Reading:
     def _strongest(self, wants: Sequence[Want], kernels: bool) -> "_Way":
         resident = self._resident
         n_features = len(resident.rows.bias)
-        limits = np.repeat([min(want.spec.limit, n_features) for want in wants], self._lengths)
+        most = min(resident.k or n_features, n_features)
+        limits = np.repeat([min(want.spec.limit, most) for want in wants], self._lengths)
         above = np.repeat([float(want.spec.above or 0) for want in wants], self._lengths)
         if not kernels and resident.sparse:
-            return _one_pass(resident, above, limits)
+            return _one_pass(resident, above, limits, most)
         k = int(limits.max())
         kept = np.arange(k) < limits[:, None]
         encode = (
@@ -114,13 +115,18 @@ _Way = tuple[Callable[[Tensor], Encoded], Callable[..., Listed]]
 """Encodes rows on the device, and lists on the host what that has left."""
 
 
-def _one_pass(resident: Resident, above: NDArray, limits: NDArray) -> _Way:
+def _one_pass(resident: Resident, above: NDArray, limits: NDArray, most: int) -> _Way:
+    """With `most` features active in a row."""
     threshold = resident.rows.threshold.numpy()
 
     def encode(x: Tensor) -> Encoded:
         return (resident.preactivations(x),)
 
-    return encode, lambda z: strongest(z, threshold, above, limits)
+    def listed(z: NDArray) -> Listed:
+        counts, features, values, active = strongest(z, threshold, above, limits)
+        return counts, features, values, np.minimum(active, most)
+
+    return encode, listed
 
 
 def _by_topk(resident: Resident, k: int) -> Callable[[Tensor], Encoded]:

@@ -24,7 +24,7 @@ class Resident(NamedTuple):
     k: int
     """Active features per token of a TopK dictionary, else 0."""
     sparse: bool
-    """Whether it is on the host and a feature is active exactly where it passes a threshold of 0 or more."""
+    """Whether it is on the host and no feature is active that does not pass a threshold of 0 or more."""
     rectified: bool
     """Whether every threshold is 0."""
     packed: Tensor | None
@@ -92,7 +92,7 @@ class Residents(dict[str, Resident]):
                 number,
                 rows,
                 dictionary.k,
-                sparse=rows.bias.is_cpu and not dictionary.k and bool((rows.threshold >= 0).all()),
+                sparse=rows.bias.is_cpu and bool((rows.threshold >= 0).all()),
                 rectified=bool((rows.threshold == 0).all()),
                 packed=pack(rows.encoder),
             )

@@ -1,0 +1,59 @@
+"""Read-outs of the strongest features on a CPU against whole rows, sorted, for dictionaries of every kind."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+
+from steer_server.dictionary.dictionary import Activation, Dictionary
+from steer_server.dictionary.site import Site
+from steer_server.program import ReadOut
+from steer_server.vllm_plugin.bank import Bank
+from steer_server.vllm_plugin.readout import Want, readings
+from steer_server.vllm_plugin.residents import Residents
+
+D_MODEL, N_FEATURES, N_ROWS = 16, 40, 6
+SITE = Site.parse("resid_post.0")
+
+
+@pytest.fixture(params=["relu", "top_k", "top_k of all", "jump_relu", "directions"])
+def dictionary(request: pytest.FixtureRequest) -> Dictionary:
+    torch.manual_seed(0)
+    encoder, decoder = torch.randn(D_MODEL, N_FEATURES), torch.randn(N_FEATURES, D_MODEL)
+    parts = encoder, torch.randn(N_FEATURES), decoder, torch.zeros(D_MODEL)
+    match request.param:
+        case "relu":
+            return Dictionary(*parts, Activation.RELU)
+        case "top_k":
+            return Dictionary(*parts, Activation.TOP_K, k=5)
+        case "top_k of all":
+            return Dictionary(*parts, Activation.TOP_K, k=N_FEATURES)
+        case "jump_relu":
+            return Dictionary(*parts, Activation.JUMP_RELU, threshold=torch.rand(N_FEATURES) * 4)
+        case _:
+            return Dictionary(*parts, Activation.IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "spec", [ReadOut("d", top_k=3), ReadOut("d", top_k=12), ReadOut("d", above=1.5)]
+)
+def test_the_strongest_of_each_row_are_listed(dictionary: Dictionary, spec: ReadOut) -> None:
+    residents = Residents(
+        [SITE], [0], {0: Bank(4, D_MODEL, torch.device("cpu"))}, torch.device("cpu")
+    )
+    residents.add("d", SITE, dictionary)
+    (reading,) = readings([(residents["d"], Want(0, 0, spec, 1, N_ROWS))], kernels=False)
+    x = torch.randn(N_ROWS, D_MODEL)
+
+    block = reading.block(reading.encode(x), np.arange(N_ROWS), 0.0)
+
+    f = dictionary.encode(x[1:]).numpy()
+    assert block.active is not None
+    assert_array_equal(block.active, np.count_nonzero(f, axis=1))
+    stops = np.cumsum(block.counts)
+    for row, stop in enumerate(stops):
+        order = np.argsort(-np.abs(f[row]), kind="stable")
+        expected = order[np.abs(f[row, order]) > (spec.above or 0)][: spec.limit]
+        listed = slice(stop - block.counts[row], stop)
+        assert_array_equal(block.features[listed], expected)
+        assert_allclose(block.values[listed], f[row, expected], rtol=1e-5)
