@@ -116,7 +116,7 @@ _Way = tuple[Callable[[Tensor], Encoded], Callable[..., Listed]]
 
 
 def _one_pass(resident: Resident, above: NDArray, limits: NDArray, most: int) -> _Way:
-    """With `most` features active in a row."""
+    """At most `most` features of a row are active, the largest."""
     threshold = resident.rows.threshold.numpy()
 
     def encode(x: Tensor) -> Encoded:

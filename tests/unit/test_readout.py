@@ -1,4 +1,4 @@
-"""Read-outs of the strongest features on a CPU against whole rows, sorted, for dictionaries of every kind."""
+"""Read-outs of the strongest features on a CPU against whole rows, sorted, for several activation functions."""
 
 import numpy as np
 import pytest
