@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -91,15 +91,13 @@ def wire(
     program: Program, dictionaries: Dictionaries, sites: list[Site], slots: int
 ) -> dict[str, Any]:
     """`program` for the scheduler and the workers; InvalidRequest if no engine of this size could ever run it."""
-    for site, needed in _slots_needed([program], dictionaries, sites).items():
+    features = _located(program.features, dictionaries, sites)
+    for number, needed in Counter(number for number, _, _ in features).items():
         if needed > slots:
             raise InvalidRequest(
-                f"the edits need {needed} slots at {site}, the engine has {slots}; name fewer features",
+                f"the edits need {needed} slots at {sites[number]}, the engine has {slots}; name fewer features",
                 field="edits",
             )
-    features = program.features
-    number = {name: sites.index(dictionaries[name].card.site) for name, _ in features}
-    features = sorted((number[name], name, feature) for name, feature in features)
     return {"program": msgspec.json.encode(to_json(program)).decode(), "features": features}
 
 
@@ -113,22 +111,23 @@ def check_revisions(
     # The first one is no update.
     if len(programs) > MAX_UPDATES + 1:
         raise Overloaded(f"a generation takes at most {MAX_UPDATES} updates; go on in a new one")
-    for site, needed in _slots_needed(programs, dictionaries, sites).items():
+    features = set().union(*(program.features for program in programs))
+    located = _located(features, dictionaries, sites)
+    for number, needed in Counter(number for number, _, _ in located).items():
         if needed > slots:
             raise Overloaded(
-                f"with this update the generation has edited {needed} features at {site}, the engine has {slots} "
-                "slots; go on in a new one"
+                f"with this update the generation has edited {needed} features at {sites[number]}, the engine has "
+                f"{slots} slots; go on in a new one"
             )
 
 
-def _slots_needed(
-    programs: Sequence[Program], dictionaries: Dictionaries, sites: list[Site]
-) -> dict[Site, int]:
-    features = set().union(*(program.features for program in programs))
-    needed = dict.fromkeys(sites, 0)
-    for name, count in Counter(name for name, _ in features).items():
-        needed[dictionaries[name].card.site] += count
-    return needed
+def _located(
+    features: Collection[tuple[str, int]], dictionaries: Dictionaries, sites: list[Site]
+) -> list[tuple[int, str, int]]:
+    """(number of its site, dictionary, feature) of each, in order."""
+    names = {name for name, _ in features}
+    number = {name: sites.index(dictionaries[name].card.site) for name in names}
+    return sorted((number[name], name, feature) for name, feature in features)
 
 
 def _condition(

@@ -1,7 +1,7 @@
 """What a request asks of the model's features: edits, where and when they apply, and read-outs."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -9,8 +9,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from steer_server.dictionary.edits import Edit, Patch
 from steer_server.errors import InvalidRequest
@@ -57,6 +55,16 @@ class Scope:
         """Whether some position counts from the prompt's end."""
         ends = [end for window in self.windows for end in window if end is not None]
         return min((*self.positions, *self.exclude_positions, *ends), default=0) < 0
+
+    @cached_property
+    def canonical(self) -> str:
+        """The same text for equal scopes only."""
+        content = [
+            [self.prompt, self.generated, sorted(self.windows, key=str)],
+            [sorted(self.positions), sorted(self.token_ids)],
+            [sorted(self.exclude_positions), sorted(self.exclude_token_ids)],
+        ]
+        return msgspec.json.encode(content).decode()
 
     def resolve(self, prompt_length: int, *, field: str = "scope") -> "Scope":
         """The same with absolute positions; InvalidRequest for one before the prompt's start."""
@@ -132,20 +140,22 @@ class Where(NamedTuple):
         ends = {end for window in scope.windows for end in window if end is not None}
         return {*single, *(position + 1 for position in single), *ends}
 
-    def mask(
+    def runs(
         self, start: int, stop: int, prompt_length: int, token_ids: Sequence[int]
-    ) -> NDArray[np.bool_]:
-        """Whether it runs at each position of [start, stop), whose tokens are `token_ids`."""
-        if self.scope.reads_tokens:
+    ) -> Iterator[tuple[int, int]]:
+        """The positions of [start, stop) at which it runs, as [first, last) one after the other.
+
+        `token_ids` are those at these positions, which only a scope that reads tokens looks at.
+        """
+        reads = self.scope.reads_tokens
+        if reads:
             cuts = range(start, stop + 1)
         else:
             edges = {prompt_length, *self.edges()}
             cuts = sorted({start, stop, *(edge for edge in edges if start < edge < stop)})
-        found = np.zeros(stop - start, bool)
         for first, last in pairwise(cuts):
-            held = self.holds(first, prompt_length, token_ids[first - start])
-            found[first - start : last - start] = held
-        return found
+            if self.holds(first, prompt_length, token_ids[first - start] if reads else -1):
+                yield first, last
 
 
 @dataclass(frozen=True)
@@ -297,12 +307,7 @@ class Program:
         """
         if not self.edits and not nonce:
             return None
-        scopes = {where: _canonical_scope(where.scope) for where in self.groups}
-        canonical = sorted(
-            _canonical(self.edits[index], hashes, scopes[where])
-            for where, indices in self.groups.items()
-            for index in indices
-        )
+        canonical = sorted(_canonical(entry, hashes) for entry in self.edits)
         phases = any(where.scope.reads_phase for where in self.groups)
         content = [canonical, prompt_length if phases else None, nonce]
         # Blocks made without the limit say nothing of whether it was kept.
@@ -311,17 +316,9 @@ class Program:
         return hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()
 
 
-def _canonical(entry: FeatureEdit, hashes: Mapping[str, str], scope: str) -> list[Any]:
+def _canonical(entry: FeatureEdit, hashes: Mapping[str, str]) -> list[Any]:
     """Any two can be put in order: those of one kind have values of the same types."""
     edit, when = entry.edit, entry.when
     condition = "" if when is None else f"{hashes[when.dictionary]} {when.feature} {when.above!r}"
-    return [hashes[entry.dictionary], type(edit).__name__, *vars(edit).values(), condition, scope]
-
-
-def _canonical_scope(scope: Scope) -> str:
-    content = [
-        [scope.prompt, scope.generated, sorted(scope.windows, key=str)],
-        [sorted(scope.positions), sorted(scope.token_ids)],
-        [sorted(scope.exclude_positions), sorted(scope.exclude_token_ids)],
-    ]
-    return msgspec.json.encode(content).decode()
+    kind, values = type(edit).__name__, vars(edit).values()
+    return [hashes[entry.dictionary], kind, *values, condition, entry.scope.canonical]

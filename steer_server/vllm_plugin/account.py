@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from steer_server.errors import EditNotApplied, EditTooLarge
 from steer_server.generation import EditReport, RevisionApplied
@@ -24,7 +23,8 @@ class _Totals:
         self._largest = np.zeros(edits)
 
     def enter(self, tally: EditTally) -> None:
-        edits = tally.edits
+        # All of them, in order, in most tallies: a slice is a third of the work of a list of indices.
+        edits = slice(None) if len(tally.edits) == len(self._rows) else tally.edits
         self._rows[edits] += tally.rows
         self._changed[edits] += tally.changed
         self._size[edits] += tally.total_size
@@ -123,18 +123,21 @@ class Account:
 
     def _expected(self, revision: int, first: int, stop: int) -> list[int]:
         """Rows in scope of each edit among the computed ones of [first, stop)."""
-        computed: NDArray[np.bool_] = np.ones(max(0, stop - first), bool)
-        for start, end in self._skipped:
-            computed[max(0, start - first) : max(0, end - first)] = False
-        ids = [*self.prompt_token_ids, *self.token_ids][first:stop]
         program = self.programs[revision]
+        ids = [*self.prompt_token_ids, *self.token_ids][first:stop] if program.reads_tokens else ()
         expected = [0] * len(program.edits)
         for where, indices in program.groups.items():
-            mask = where.mask(first, max(first, stop), self.prompt_length, ids)
-            rows = int((mask & computed).sum())
+            runs = where.runs(first, max(first, stop), self.prompt_length, ids)
+            rows = sum(map(self._computed, runs))
             for index in indices:
                 expected[index] = rows
         return expected
+
+    def _computed(self, run: tuple[int, int]) -> int:
+        """How many positions of [first, last) the prefix cache did not hold."""
+        first, last = run
+        cached = (max(0, min(last, end) - max(first, start)) for start, end in self._skipped)
+        return last - first - sum(cached)
 
     def _of(self, revision: int) -> _Totals:
         if revision not in self._totals:

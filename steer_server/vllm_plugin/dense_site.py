@@ -37,7 +37,7 @@ class DenseSite:
         """The op's body. Rows past the step's own are padding and left alone."""
         if self._edits is None and not self._before and not self._after:
             return
-        if len(hidden) > self._n_rows:
+        if hidden.shape[0] > self._n_rows:
             hidden = hidden[: self._n_rows]
             residual = None if residual is None else residual[: self._n_rows]
         if self._before:
@@ -69,10 +69,10 @@ class DensePlan:
 
     def __init__(self, edits: SiteEdits, bank: Bank, residents: Residents, n_rows: int) -> None:
         lines = edits.lines
-        self._conditional = bool((lines.when_above > -np.inf).any())
-        self._limited = bool(np.isfinite(lines.numbers[3:]).any())
-        # What only adds need not know how active a feature is.
-        self._reads = self._conditional or self._limited or bool(lines.numbers[0].any())
+        self._conditional = any(entries.conditional for entries in edits.distinct)
+        self._limited = any(entries.limiting for entries in edits.distinct)
+        self._shared = any(entries.relative for entries in edits.distinct)
+        self._reads = any(entries.reads for entries in edits.distinct)
         # In a decoding batch most requests often edit the same features: then nothing needs to be gathered.
         self._uniform = not self._conditional and bool((lines.slot == lines.slot[0]).all())
         slots = lines.slot[0] if self._uniform else np.unique([lines.slot, lines.when_slot])
@@ -92,7 +92,6 @@ class DensePlan:
             place = np.searchsorted(slots, lines.slot)[edits.line_of_row]
             self._column = torch.from_numpy(place).to(device)
             self._norms = self._norms[self._column]
-        self._shared = bool(lines.numbers[2].any())
         self._table = table._replace(share=table.share / self._norms)
         if self._conditional:
             place = np.searchsorted(slots, lines.when_slot)[edits.line_of_row]
@@ -108,7 +107,7 @@ class DensePlan:
         self._slots = len(slots)
         self._chosen = _chosen_by_rank(slots, bank, residents)
 
-    def apply(self, hidden: Tensor, residual: Tensor | None) -> Outcome:
+    def apply(self, hidden: Tensor, residual: Tensor | None) -> Outcome[Tensor]:
         """Adds the edits' delta to `hidden`; x is the sum of both, where there are two."""
         x = self._of(_stream(hidden, residual))
         x_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -49,15 +49,20 @@ class Frontend:
         """
         self._admitted = admitted
         self.sites = list(sites)
-        self._site_names = list(map(str, sites))
         self.slots = slots
         self.dictionaries: dict[str, StoredDictionary] = {}
         self.accounts: dict[str, Account] = {}
         """By vLLM's own request id."""
         self._ledger = Ledger(self._tell)
-        self.load = self._load([0] * len(self.sites), 0)
+        self._slots_used, self._held = [0] * len(self.sites), 0
         self._names: dict[tuple[str, int], str] = {}
         """vLLM's own id by (the caller's id, index among n)."""
+
+    @property
+    def load(self) -> SlotLoad:
+        """As of the last step that the engine told of."""
+        used = dict(zip(map(str, self.sites), self._slots_used, strict=True))
+        return SlotLoad(used, self.slots, self._held)
 
     def account(self, name: str, index: int = 0) -> Account | None:
         """The account of a request by the caller's id; None if it has no program."""
@@ -142,7 +147,6 @@ class Frontend:
             if content is not None:
                 output.kv_transfer_params = output.kv_transfer_params or None
                 self._enter(content)
-        for output in outputs:
             account = self.accounts.get(output.request_id)
             if account is not None:
                 account.token_ids += output.new_token_ids
@@ -151,7 +155,7 @@ class Frontend:
                     account.distribution, output.new_logprobs = output.new_logprobs, None
 
     def _enter(self, content: Mapping[str, Any]) -> None:
-        self.load = self._load(*content["load"])
+        self._slots_used, self._held = content["load"]
         for report in map(StepReport.from_wire, content["reports"]):
             self._ledger.enter(report)
             for vllm_id, result in report.by_request().items():
@@ -163,9 +167,6 @@ class Frontend:
         account = self.accounts.get(vllm_id)
         if account is not None:
             account.enter(tally)
-
-    def _load(self, used: Sequence[int], held: int) -> SlotLoad:
-        return SlotLoad(dict(zip(self._site_names, used, strict=True)), self.slots, held)
 
     def _see_to_cache(
         self,

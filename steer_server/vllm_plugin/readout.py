@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -45,13 +46,9 @@ class Reading:
         self._lengths = np.array([want.last - want.first for want in wants])
         rows = np.concatenate([np.arange(want.first, want.last) for want in wants])
         self._row_numbers = rows
-        together = bool((np.diff(rows) == 1).all())
-        device = resident.rows.bias.device
-        self._rows: slice | Tensor = (
-            slice(int(rows[0]), int(rows[-1]) + 1)
-            if together
-            else torch.from_numpy(rows).to(device)
-        )
+        self._rows: slice | Tensor = slice(wants[0].first, wants[-1].last)
+        if any(want.last != following.first for want, following in pairwise(wants)):
+            self._rows = torch.from_numpy(rows).to(resident.rows.bias.device)
         self._encode, self._list = (
             self._named(wants) if wants[0].spec.features else self._strongest(wants, kernels)
         )
@@ -66,12 +63,11 @@ class Reading:
         return self._encode(x[self._rows])
 
     def block(
-        self, encoded: Sequence[Tensor], position_of_row: NDArray, seconds: float
+        self, encoded: Sequence[NDArray], position_of_row: NDArray, seconds: float
     ) -> RowBlock:
         """The encoded rows, which are on the host, as they travel; `position_of_row` is of every row of the batch."""
         positions = position_of_row[self._row_numbers].astype(np.uint32)
-        listed = self._list(*(tensor.numpy() for tensor in encoded))
-        return RowBlock(self._name, self._wants, positions, *listed, seconds)
+        return RowBlock(self._name, self._wants, positions, *self._list(*encoded), seconds)
 
     def _strongest(self, wants: Sequence[Want], kernels: bool) -> "_Way":
         resident = self._resident

@@ -7,6 +7,7 @@ both, and no loop over requests runs in the worker.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,10 +192,8 @@ class StepReport:
 
 def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:
     dictionary, wants, positions, counts, features, values, active, _ = block
-    splits = np.zeros(len(counts) + 1, np.uint32)
-    counts.cumsum(out=splits[1:])
-    ends = splits.tolist()
-    # Most read-outs are of one row in a step; a subtraction for each would take as long as all the rest.
+    ends = list(accumulate(counts.tolist(), initial=0))
+    # Most read-outs are of one row in a step; an array for each would take as long as all the rest.
     alone = np.zeros((len(counts), 2), np.uint32)
     alone[:, 1] = counts
     first = 0
@@ -207,7 +206,9 @@ def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:
                 read_out,
                 dictionary,
                 positions[first:last],
-                alone[first] if n_rows == 1 else splits[first : last + 1] - splits[first],
+                alone[first]
+                if n_rows == 1
+                else np.array([end - start for end in ends[first : last + 1]], np.uint32),
                 features[start:stop],
                 values[start:stop],
                 None if active is None else active[first:last],

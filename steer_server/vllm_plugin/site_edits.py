@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ class Bounds(NamedTuple):
                 return cls(limit)
 
 
-class Entries(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Entries:
     """The edits of one program that hold together at one site; the arrays align."""
 
     indices: NDArray[np.uint32]
@@ -50,7 +51,27 @@ class Entries(NamedTuple):
     when_slot: NDArray[np.int32]
     when_above: NDArray[np.float32]
     """-inf: always."""
-    bounds: Bounds = Bounds()
+    bounds: Bounds = field(default_factory=Bounds)
+
+    @cached_property
+    def conditional(self) -> bool:
+        """Whether one has a condition."""
+        return bool((self.when_above > -np.inf).any())
+
+    @cached_property
+    def limiting(self) -> bool:
+        """Whether one brings its activation into bounds."""
+        return bool(np.isfinite(self.numbers[3:]).any())
+
+    @cached_property
+    def relative(self) -> bool:
+        """Whether one adds a share of the norm."""
+        return bool(self.numbers[2].any())
+
+    @cached_property
+    def reads(self) -> bool:
+        """Whether an activation matters: what only adds need not know it."""
+        return self.conditional or self.limiting or bool(self.numbers[0].any())
 
 
 class Run(NamedTuple):
@@ -80,18 +101,21 @@ class Lines(NamedTuple):
     """`Bounds`, [3, lines]; None if no program of the step has a limit."""
 
 
-class Outcome(NamedTuple):
+_Table = TypeVar("_Table", Tensor, NDArray[Any])
+
+
+class Outcome(NamedTuple, Generic[_Table]):
     """What the op did, row by row of the site's edits: proof that it ran, and how far it moved what."""
 
-    change: Tensor
+    change: _Table
     """f' - f, [rows, entries]."""
-    x_norm: Tensor
+    x_norm: _Table
     """|x|, [rows, 1]."""
-    decoder_norm: Tensor
+    decoder_norm: _Table
     """[rows or 1, entries]."""
-    applied: Tensor
+    applied: _Table
     """False for rows left as they were because the delta was too large, [rows, 1]."""
-    size: Tensor | None = None
+    size: _Table | None = None
     """|delta| before it was scaled down, [rows, 1]; None if no program of the step has a limit."""
 
 
@@ -99,7 +123,7 @@ class Outcome(NamedTuple):
 class SitePass:
     """What one pass left at a site; what is None was not asked for, or did not run."""
 
-    outcome: Outcome | None = None
+    outcome: Outcome[Any] | None = None
     before: Tensor | None = None
     """x of all rows before any edit, in float32."""
     after: Tensor | None = None
@@ -118,54 +142,58 @@ class SiteEdits:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs
-        self.lengths = np.array([run.last - run.first for run in runs])
+        self._lengths = [run.last - run.first for run in runs]
         first, last = runs[0].first, runs[-1].last
-        together = last - first == int(self.lengths.sum())
         self.rows: slice | Tensor = slice(first, last)
-        if not together:
+        if last - first != sum(self._lengths):
             parts = [np.arange(run.first, run.last) for run in runs]
             self.rows = torch.from_numpy(np.concatenate(parts))
         number: dict[int, int] = {}
-        self._distinct = []
+        distinct = []
         for run in runs:
             if id(run.entries) not in number:
-                number[id(run.entries)] = len(self._distinct)
-                self._distinct.append(run.entries)
+                number[id(run.entries)] = len(distinct)
+                distinct.append(run.entries)
+        self.distinct: Sequence[Entries] = distinct
+        self.line_of_row = np.repeat([number[id(run.entries)] for run in runs], self._lengths)
+        self._single = max(self._lengths) == 1
+        """Whether each run is one row."""
+        width = max(len(entries.slot) for entries in distinct)
+        self._whole = all(run.fresh and len(run.entries.slot) == width for run in runs)
+        """Whether every run is reported, and has as many entries as the table is wide."""
         self._norms = b""
-        self.line_of_row = np.repeat([number[id(run.entries)] for run in runs], self.lengths)
 
     @cached_property
     def lines(self) -> Lines:
-        shape = len(self._distinct), max(len(entries.slot) for entries in self._distinct)
+        shape = len(self.distinct), max(len(entries.slot) for entries in self.distinct)
         # What pads a line names a slot in use, and changes nothing there.
-        slot = np.full(shape, self._distinct[0].slot[0], np.int32)
+        slot = np.full(shape, self.distinct[0].slot[0], np.int32)
         numbers = np.zeros((5, *shape), np.float32)
         numbers[3], numbers[4] = -np.inf, np.inf
         when_slot, when_above = slot.copy(), np.full(shape, -np.inf, np.float32)
-        for line, entries in enumerate(self._distinct):
+        for line, entries in enumerate(self.distinct):
             n = len(entries.slot)
             slot[line, :n] = entries.slot
             numbers[:, line, :n] = entries.numbers
             when_slot[line, :n] = entries.when_slot
             when_above[line, :n] = entries.when_above
-        length = np.array([len(entries.slot) for entries in self._distinct], np.int32)
+        length = np.array([len(entries.slot) for entries in self.distinct], np.int32)
         bounds = None
-        if any(entries.bounds != Bounds() for entries in self._distinct):
-            bounds = np.array([entries.bounds for entries in self._distinct], np.float32).T
+        if any(entries.bounds != Bounds() for entries in self.distinct):
+            bounds = np.array([entries.bounds for entries in self.distinct], np.float32).T
         return Lines(slot, numbers, when_slot, when_above, length, bounds)
 
-    def collect(self, outcome: Outcome) -> EditBlock | EditRows:
-        """What the edits did, once per row. The outcome is on the host."""
-        change, x_norm = outcome.change.numpy(), outcome.x_norm.numpy()
-        if self._decodes and outcome.size is None:
+    def collect(self, outcome: Outcome[NDArray]) -> EditBlock | EditRows:
+        """What the edits did, once per row."""
+        change, x_norm, decoder_norm, _, size = outcome
+        if self._single and self._whole and size is None:
             if not self._norms:
-                norms = np.broadcast_to(outcome.decoder_norm.numpy(), change.shape)
-                self._norms = norms.tobytes()
+                self._norms = np.broadcast_to(decoder_norm, change.shape).tobytes()
             return EditRows(self._packed, self._norms, change.tobytes(), x_norm.tobytes())
         changed: NDArray[np.uint32] = (change != 0).astype(np.uint32)
-        total = relative_size(change, x_norm, outcome.decoder_norm.numpy())
-        if outcome.size is not None:
-            total *= self._scale(outcome.size.numpy(), x_norm)
+        total = relative_size(change, x_norm, decoder_norm)
+        if size is not None:
+            total *= self._scale(size, x_norm)
         largest = total
         if not self._single:
             changed = np.add.reduceat(changed, self._starts, axis=0, dtype=np.uint32)
@@ -178,25 +206,27 @@ class SiteEdits:
         most = self._bounds.most * x_norm
         return np.divide(most, size, out=np.ones_like(size), where=size > most)
 
-    def limited(self, outcome: Outcome) -> list[tuple[int, int]]:
+    def limited(self, outcome: Outcome[NDArray]) -> list[tuple[int, int]]:
         """(request, rows past its program's limit), each row once."""
         if outcome.size is None:
             return []
-        over = (outcome.size.numpy() > self._bounds.limit * outcome.x_norm.numpy())[:, 0]
+        over = (outcome.size > self._bounds.limit * outcome.x_norm)[:, 0]
         rows = np.add.reduceat(over, self._starts, dtype=np.int64)[self._fresh].tolist()
         requests = [self.runs[i].request for i in self._fresh]
         return [(request, n) for request, n in zip(requests, rows, strict=True) if n]
 
-    def too_large(self, outcome: Outcome, positions: NDArray[np.int64]) -> list[tuple[int, str]]:
+    def too_large(
+        self, outcome: Outcome[NDArray], positions: NDArray[np.int64]
+    ) -> list[tuple[int, str]]:
         """(request, why) of those with a row that was left as it was; `positions` are those of the batch rows."""
         found: dict[int, str] = {}
         sizes: NDArray[np.float32] | None = None
         if outcome.size is not None:
-            size, x_norm = outcome.size.numpy(), outcome.x_norm.numpy()
+            size, x_norm = outcome.size, outcome.x_norm
             limit, _, refused = self._bounds
             # Where the program's own limit was passed; else what holds for all was.
             sizes = np.where((limit == refused) & (size > limit * x_norm), size / x_norm, np.nan)
-        for row in np.flatnonzero(~outcome.applied.numpy()[:, 0]).tolist():
+        for row in np.flatnonzero(~outcome.applied[:, 0]).tolist():
             number = int(np.searchsorted(self._starts, row, side="right")) - 1
             run = self.runs[number]
             if run.request not in found:
@@ -216,22 +246,8 @@ class SiteEdits:
         return _RowBounds(*self.lines.bounds[:, self.line_of_row, None])
 
     @cached_property
-    def _single(self) -> bool:
-        """Whether each run is one row."""
-        return bool((self.lengths == 1).all())
-
-    @cached_property
-    def _decodes(self) -> bool:
-        return self._single and self._whole
-
-    @cached_property
-    def _whole(self) -> bool:
-        """Whether every run is reported, and has as many entries as the table is wide."""
-        return len(self._fresh) == len(self.runs) and bool(self._valid.all())
-
-    @cached_property
     def _starts(self) -> NDArray[np.intp]:
-        return np.cumsum([0, *self.lengths[:-1]])
+        return np.cumsum([0, *self._lengths[:-1]])
 
     @cached_property
     def _fresh(self) -> NDArray[np.intp]:
@@ -244,7 +260,7 @@ class SiteEdits:
 
     @cached_property
     def _packed(self) -> bytes:
-        runs = [self.runs[i] for i in self._fresh]
+        runs = [run for run in self.runs if run.fresh]
         columns = (
             [run.request for run in runs],
             [run.revision for run in runs],
@@ -252,8 +268,9 @@ class SiteEdits:
             [len(run.entries.slot) for run in runs],
         )
         indices = [run.entries.indices for run in runs] or [np.empty(0, np.uint32)]
-        numbers = (np.array(column, np.int32) for column in (*columns, np.concatenate(indices)))
-        return EditRuns(*numbers).pack()
+        request, revision, rows, entries = np.array(columns, np.int32)
+        edit = np.concatenate(indices).astype(np.int32)
+        return EditRuns(request, revision, rows, entries, edit).pack()
 
 
 def _why(bounds: Bounds, size: float, position: int) -> str:

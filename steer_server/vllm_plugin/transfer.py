@@ -1,28 +1,31 @@
 """Brings tensors to the host without holding up the device that computes them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 class Transfer:
-    """Copies that have been asked for. On CPU there is nothing to copy."""
+    """Copies that have been asked for. What is on the host, tensor or array, is not copied."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
+    def __init__(self, values: Sequence[Tensor] | Sequence[NDArray[Any]]) -> None:
+        self._values = values
         self._copied: torch.cuda.Event | None = None
+        tensors = [value for value in values if isinstance(value, Tensor)]
         if any(tensor.is_cuda for tensor in tensors):
-            self._tensors = [_pinned(tensor).copy_(tensor, non_blocking=True) for tensor in tensors]
+            self._values = [_pinned(tensor).copy_(tensor, non_blocking=True) for tensor in tensors]
             # Blocking, so that the thread that waits does not spin.
             self._copied = torch.cuda.Event(blocking=True)
             self._copied.record()
 
-    def wait(self) -> list[Tensor]:
-        """The tensors on the host."""
+    def wait(self) -> list[NDArray[Any]]:
+        """The values on the host."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._tensors
+        return [value.numpy() if isinstance(value, Tensor) else value for value in self._values]
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -60,10 +60,12 @@ def by_definition(scope: Scope, position: int, token: int) -> bool:
 @given(scopes(), st.integers(0, 10), st.lists(st.integers(0, 3), min_size=5, max_size=5))
 def test_a_scope_holds_where_its_parts_say(scope: Scope, start: int, tokens: list[int]) -> None:
     entry = FeatureEdit(NAME, Ablate(1), scope).resolve(LENGTH)
-    mask = entry.where.mask(start, start + 5, LENGTH, tokens)
+    runs = list(entry.where.runs(start, start + 5, LENGTH, tokens))
 
-    expected = [by_definition(scope, start + i, token) for i, token in enumerate(tokens)]
-    assert mask.tolist() == expected
+    held = [position for first, last in runs for position in range(first, last)]
+    assert held == [
+        start + i for i, token in enumerate(tokens) if by_definition(scope, start + i, token)
+    ]
 
 
 @given(scopes())

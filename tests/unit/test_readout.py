@@ -11,6 +11,7 @@ from steer_server.program import ReadOut
 from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.readout import Want, readings
 from steer_server.vllm_plugin.residents import Residents
+from steer_server.vllm_plugin.transfer import Transfer
 
 D_MODEL, N_FEATURES, N_ROWS = 16, 40, 6
 SITE = Site.parse("resid_post.0")
@@ -45,7 +46,7 @@ def test_the_strongest_of_each_row_are_listed(dictionary: Dictionary, spec: Read
     (reading,) = readings([(residents["d"], Want(0, 0, spec, 1, N_ROWS))], kernels=False)
     x = torch.randn(N_ROWS, D_MODEL)
 
-    block = reading.block(reading.encode(x), np.arange(N_ROWS), 0.0)
+    block = reading.block(Transfer(reading.encode(x)).wait(), np.arange(N_ROWS), 0.0)
 
     f = dictionary.encode(x[1:]).numpy()
     assert block.active is not None

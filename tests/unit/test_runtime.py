@@ -271,7 +271,8 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
         reports = batch.close(f"r{i}", total)
         tokens = [batch.token(f"r{i}", position) for position in range(total)]
         for report, entry in zip(reports, program.edits, strict=True):
-            assert report.tokens_in_scope == entry.where.mask(0, total, PROMPT, tokens).sum()
+            runs = entry.where.runs(0, total, PROMPT, tokens)
+            assert report.tokens_in_scope == sum(last - first for first, last in runs)
             alone, site = Program((entry,)), saved[entry.dictionary].site
             changed = [change_at(saved, alone, batch, f"r{i}", site, p).any() for p in range(total)]
             assert report.tokens_changed == sum(map(int, changed))
