@@ -53,7 +53,6 @@ class Account:
     """Generated so far, or forced."""
     limited_tokens: int = 0
     """Past their program's limit so far, summed over sites."""
-    inbox: list[StepResult] = field(default_factory=list)
     wants_distribution: bool = False
     distribution: Any = None
     """vLLM's LogprobsLists of the one token generated."""
@@ -61,6 +60,7 @@ class Account:
     """Makes the ledger hand over what it has."""
     _skipped: list[tuple[int, int]] = field(default_factory=list)
     """Runs of positions taken from the prefix cache."""
+    _result: StepResult | None = None
     _totals: dict[int, _Totals] = field(default_factory=dict)
 
     @property
@@ -73,10 +73,17 @@ class Account:
         self.starts.append(None)
         return len(self.programs) - 1
 
-    def take(self) -> list[StepResult]:
+    @property
+    def result(self) -> StepResult:
+        """What comes in until the next `take`."""
+        if self._result is None:
+            self._result = StepResult()
+        return self._result
+
+    def take(self) -> StepResult | None:
         """What came since the last call, entered into the account. EditNotApplied if the worker says so."""
-        results, self.inbox = self.inbox, []
-        for result in results:
+        result, self._result = self._result, None
+        if result is not None:
             if result.error:
                 raise EditNotApplied(result.error)
             if result.too_large:
@@ -85,18 +92,18 @@ class Account:
             self._skipped += result.skipped
             for revision, position in result.applied:
                 self.starts[revision] = position
-        return results
+        return result
 
     def enter(self, tally: EditTally) -> None:
         """What edits did, as the ledger hands it over."""
         self._of(tally.revision).enter(tally)
 
-    def applied(self, result: StepResult) -> list[RevisionApplied]:
+    def applied(self, result: StepResult) -> tuple[RevisionApplied, ...]:
         """The revisions that began to hold, by the first generated token drawn under them."""
-        return [
+        return tuple(
             RevisionApplied(revision, max(0, position + 1 - self.prompt_length))
             for revision, position in result.applied
-        ]
+        )
 
     def close(self) -> tuple[EditReport, ...]:
         """One report per edit and revision that held; EditNotApplied if a row in scope was missed.

@@ -28,7 +28,7 @@ class RowPlan:
         lines = edits.lines
         rows = edits.rows
         self._rows = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
-        self._last = int(self._rows.max())
+        self._last = edits.runs[-1].last - 1
         self._line = edits.line_of_row
         self._slot = lines.slot
         encoder, bias, threshold, decoder = (tensor.numpy() for tensor in bank.rows)

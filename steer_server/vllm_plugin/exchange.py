@@ -9,11 +9,9 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from steer_server.generation import (
-    ActivationRows,
     Finish,
     FinishReason,
     Generation,
-    RevisionApplied,
     StepOutput,
 )
 from steer_server.program import Program
@@ -53,7 +51,7 @@ def step(output: Any, index: int, forced: int, account: Account | None) -> StepO
     """vLLM's output, whose first token has that index, with what the account has received by now."""
     completion = output.outputs[0]
     token_ids = tuple(completion.token_ids)
-    results = account.take() if account else ()
+    result = account.take() if account else None
     finish = None
     if output.finished:
         reason = FinishReason(completion.finish_reason)
@@ -63,15 +61,6 @@ def step(output: Any, index: int, forced: int, account: Account | None) -> StepO
         cached = output.num_cached_tokens or 0
         limited = account.limited_tokens if account else 0
         finish = Finish(reason, prompt_tokens, generated, cached, reports, limited)
-    rows: list[ActivationRows] = []
-    applied: list[RevisionApplied] = []
-    seconds: dict[str, float] = {}
-    for result in results:
-        rows += result.rows
-        if account and result.applied:
-            applied += account.applied(result)
-        for name, spent in result.encode_seconds.items():
-            seconds[name] = seconds.get(name, 0.0) + spent
     return StepOutput(
         index,
         token_ids,
@@ -79,10 +68,10 @@ def step(output: Any, index: int, forced: int, account: Account | None) -> StepO
         _logprobs(completion.logprobs, token_ids),
         _logprobs(output.prompt_logprobs, output.prompt_token_ids),
         _distribution(account),
-        tuple(rows),
-        tuple(applied),
+        tuple(result.rows) if result else (),
+        account.applied(result) if account and result else (),
         output.num_cached_tokens or 0,
-        seconds,
+        result.encode_seconds if result else {},
         finish,
     )
 

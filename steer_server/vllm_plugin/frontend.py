@@ -22,7 +22,7 @@ from steer_server.program import Program
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.ledger import EditTally, Ledger
-from steer_server.vllm_plugin.report import StepReport
+from steer_server.vllm_plugin.report import StepReport, StepResult
 
 LIVE = "steer_live"
 """In `extra_args` beside the program of a request that may be updated while it runs."""
@@ -158,10 +158,12 @@ class Frontend:
         self._slots_used, self._held = content["load"]
         for report in map(StepReport.from_wire, content["reports"]):
             self._ledger.enter(report)
-            for vllm_id, result in report.by_request().items():
-                account = self.accounts.get(vllm_id)
-                if account is not None:
-                    account.inbox.append(result)
+            report.deliver(self._result)
+
+    def _result(self, vllm_id: str) -> StepResult:
+        """What the request gathers; if it has ended, nobody reads it."""
+        account = self.accounts.get(vllm_id)
+        return StepResult() if account is None else account.result
 
     def _tell(self, vllm_id: str, tally: EditTally) -> None:
         account = self.accounts.get(vllm_id)

@@ -4,8 +4,7 @@ It crosses two process boundaries once per step, so it is plain values and packe
 both, and no loop over requests runs in the worker.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -168,26 +167,25 @@ class StepReport:
             [_row_block(*block) for block in rows],
         )
 
-    def by_request(self) -> dict[str, StepResult]:
-        """The report, but for its edits, cut into what each request is owed."""
-        found: dict[int, StepResult] = defaultdict(StepResult)
+    def deliver(self, result_of: Callable[[str], StepResult]) -> None:
+        """Adds what each request is owed, its edits aside, to its result, which `result_of` finds by vLLM's id."""
+        ids = self.requests
         for request, revision, position in self.applied:
-            found[request].applied.append(RevisionStart(revision, position))
+            result_of(ids[request]).applied.append(RevisionStart(revision, position))
         for request, start, stop in self.skipped:
-            found[request].skipped.append((start, stop))
+            result_of(ids[request]).skipped.append((start, stop))
         for request, error in self.errors:
-            found[request].error = error
+            result_of(ids[request]).error = error
         for request, why in self.too_large:
-            found[request].too_large = why
+            result_of(ids[request]).too_large = why
         for request, tokens in self.limited:
-            found[request].limited += tokens
+            result_of(ids[request]).limited += tokens
         for block in self.rows:
             for request, rows in _rows(block):
-                found[request].rows.append(rows)
+                result_of(ids[request]).rows.append(rows)
             # Of all together, and so told once.
-            seconds = found[block.wants[0][0]].encode_seconds
+            seconds = result_of(ids[block.wants[0][0]]).encode_seconds
             seconds[block.dictionary] = seconds.get(block.dictionary, 0.0) + block.seconds
-        return {self.requests[request]: result for request, result in found.items()}
 
 
 def _rows(block: RowBlock) -> Iterable[tuple[int, ActivationRows]]:

@@ -165,7 +165,8 @@ def _answer(processor: Any, frontend: Frontend) -> None:
                 continue
             try:
                 rows = kept.setdefault(vllm_id, [])
-                rows += [found for entry in account.take() for found in entry.rows]
+                found = account.take()
+                rows += found.rows if found else ()
                 if vllm_id not in known:
                     reports = ended.setdefault(_parent(state), {})
                     reports[str(state.request_index)] = _report(account, kept.pop(vllm_id))

@@ -136,13 +136,12 @@ class Batch:
 
         self.runtime.begin_step(list(names), np.array(counts), np.array(starts), tokens_of)
 
-    def end(self) -> dict[str, StepResult]:
+    def end(self) -> None:
         step = self.runtime.end_step()
-        if step is None:
-            return {}
-        report = StepReport.from_wire(self.runtime.report(step))
-        self.ledger.enter(report)
-        return report.by_request()
+        if step is not None:
+            report = StepReport.from_wire(self.runtime.report(step))
+            self.ledger.enter(report)
+            report.deliver(lambda name: self.accounts[name].result)
 
     def step(self, rows: Sequence[tuple[str, int, int]], padding: int = 0) -> None:
         """One forward pass over (request, first position, count)."""
@@ -157,9 +156,10 @@ class Batch:
             assert torch.equal(hidden[len(where) :], pad)
             for row, (name, position) in enumerate(where):
                 self.edited[name, site, position] = hidden[row] + 0.25
-        for name, result in self.end().items():
-            self.accounts[name].inbox.append(result)
-            self.results[name] += self.accounts[name].take()
+        self.end()
+        for name, account in self.accounts.items():
+            if (result := account.take()) is not None:
+                self.results[name].append(result)
 
     def close(self, name: str, rows: int) -> tuple[EditReport, ...]:
         """The reports of a request that computed `rows` rows."""
@@ -435,11 +435,10 @@ def test_an_op_that_does_not_run_is_an_error_and_not_silence(runtime: Runtime) -
     batch.admit("read", 2, Program((), (ReadOut("t", top_k=1),)))
     batch.begin([("edit", 0, 2), ("read", 0, 2)])
 
-    for name, result in batch.end().items():
-        batch.accounts[name].inbox.append(result)
+    batch.end()
+    for account in batch.accounts.values():
         with pytest.raises(EditNotApplied, match="did not run"):
-            batch.accounts[name].take()
-    assert batch.accounts.keys() == {"edit", "read"}
+            account.take()
 
 
 def test_rows_missing_from_the_worker_fail_the_proof() -> None:
@@ -475,14 +474,13 @@ def test_edits_too_large_for_the_model_are_left_out_and_fail_their_request(
         x = torch.stack([batch.x(name, 0, 0), batch.x(name, 0, 1), batch.x("fine", 0, 1)])
         hidden = x.clone()
         runtime.at_site(hidden, None, 0)
-        account = batch.accounts[name]
-        account.inbox.append(batch.end()[name])
+        batch.end()
 
         assert torch.equal(hidden[:2], x[:2])
         assert hidden[2].isfinite().all()
         assert not torch.equal(hidden[2], x[2])
         with pytest.raises(EditTooLarge, match="smaller strengths"):
-            account.take()
+            batch.accounts[name].take()
 
 
 def test_a_token_past_its_programs_limit_fails_its_own_request_and_says_by_how_much(
@@ -634,7 +632,7 @@ def test_ended_requests_are_forgotten_and_their_slots_are_free_again(runtime: Ru
 
     assert used == [2, 1, 0]
     batch.begin([("r", 0, 1)])
-    assert batch.end() == {}
+    assert runtime.end_step() is None
 
 
 @given(seeds, st.lists(st.sets(st.integers(0, 9), max_size=5), max_size=30))
