@@ -29,11 +29,11 @@ def request(name: str) -> EngineCoreRequest:
 
 
 def report(name: str) -> StepReport:
-    """Of a step in which the edit ran on the prompt but for position 0."""
+    """Of a step in which the edit ran on the prompt but for position 0, and past its limit at one token."""
     runs = EditRuns(*np.array([[0], [0], [3], [1], [0]], np.int32))
     numbers = np.array([2], np.uint32), np.array([0.5], np.float32), np.array([0.3], np.float32)
     block = EditBlock(runs.pack(), *(array.tobytes() for array in numbers))
-    return StepReport([name], edits=[block])
+    return StepReport([name], limited=[(0, 1)], edits=[block])
 
 
 def test_an_account_closes_whole_after_its_request_was_forgotten() -> None:
@@ -48,6 +48,8 @@ def test_an_account_closes_whole_after_its_request_was_forgotten() -> None:
     frontend.admit(request("next"), 0, {"next": None})
 
     assert list(frontend.accounts) == ["next"]
+    accounts["slow reader"].take()
+    assert accounts["slow reader"].limited_tokens == 1
     (edit,) = accounts["slow reader"].close()
     assert (edit.tokens_in_scope, edit.tokens_changed) == (3, 2)
     assert np.isclose(edit.mean_relative_size, 0.5 / 3)

@@ -279,21 +279,21 @@ def test_each_row_gets_its_own_requests_edits_in_any_packing(
         assert batch.accounts[f"r{i}"].limited_tokens == limited[f"r{i}"]
 
 
-def test_chunks_of_one_size_are_not_taken_for_more_of_the_same(
+def test_chunks_are_not_taken_for_more_of_the_same(
     runtime: Runtime, saved: dict[str, Saved]
 ) -> None:
     batch = Batch(runtime, 9)
     program = Program((FeatureEdit("t", Add(1, 2.0)),))
     batch.admit("r", 40, program)
-    for start in (0, 4, 8, 12):
-        batch.step([("r", start, 4)])
+    for start, count in ((0, 4), (4, 4), (8, 4), (12, 2)):
+        batch.step([("r", start, count)])
 
-    for position in range(16):
+    for position in range(14):
         x, change = batch.x("r", 0, position), change_at(saved, program, batch, "r", 0, position)
         torch.testing.assert_close(batch.edited["r", 0, position], x + change)
     batch.ledger.settle()
     (report,) = batch.accounts["r"]._totals[0].reports(0)
-    assert report.tokens_in_scope == 15
+    assert report.tokens_in_scope == 13
 
 
 def test_a_steady_batch_is_laid_out_once(runtime: Runtime, saved: dict[str, Saved]) -> None:
@@ -381,6 +381,18 @@ def test_a_recompute_replays_the_revision_of_each_position_and_reports_nothing_t
     positions = [p for r in batch.results["r"] for rows in r.rows for p in rows.positions.tolist()]
     assert positions == list(range(7))
     assert [r.tokens_in_scope for r in batch.close("r", 7)] == [4, 1, 1]
+
+
+def test_a_row_computed_again_is_not_counted_beside_one_that_is_new(runtime: Runtime) -> None:
+    batch = Batch(runtime, 12)
+    for name, value in (("again", 1.0), ("on", 0.0)):
+        batch.admit(name, 1, Program((FeatureEdit("t", Add(1, value)),)))
+    batch.step([("again", 1, 1), ("on", 1, 1)])
+    batch.step([("again", 1, 1), ("on", 2, 1)])
+
+    for name, rows, changed in (("again", 1, 1), ("on", 2, 0)):
+        (report,) = batch.close(name, 1 + rows)
+        assert (report.tokens_in_scope, report.tokens_changed) == (rows, changed)
 
 
 def test_read_outs_are_of_x_before_the_edits_or_after_them(
