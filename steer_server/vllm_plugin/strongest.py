@@ -7,59 +7,75 @@ pass its threshold is looked at once, vectorised. Importing this compiles it, wh
 import numba
 import numpy as np
 
-
-@numba.njit("b1(f4[::1], u4[::1], i8, i8)")
-def _weaker(values, features, i, j):
-    return values[i] < values[j] or (values[i] == values[j] and features[i] > features[j])
+_FEW = 64
+"""Keys up to which they are sorted by insertion, which a processor foresees better."""
 
 
-@numba.njit("void(f4[::1], u4[::1], i8)")
-def _sink(values, features, i):
-    """Makes a heap with the weakest on top of one that is a heap below `i`."""
-    while 2 * i + 1 < len(values):
-        child = 2 * i + 1
-        if child + 1 < len(values) and _weaker(values, features, child + 1, child):
-            child += 1
-        if _weaker(values, features, i, child):
+@numba.njit("void(u8[::1], i8)")
+def _select(keys, k):
+    """Brings the `k` largest to the front, in any order (Hoare's quickselect)."""
+    first, last = 0, len(keys) - 1
+    while first < last:
+        pivot = keys[(first + last) // 2]
+        i, j = first, last
+        while i <= j:
+            while keys[i] > pivot:
+                i += 1
+            while keys[j] < pivot:
+                j -= 1
+            if i <= j:
+                keys[i], keys[j] = keys[j], keys[i]
+                i += 1
+                j -= 1
+        if k <= j:
+            last = j
+        elif k > i:
+            first = i
+        else:
             return
-        values[i], values[child] = values[child], values[i]
-        features[i], features[child] = features[child], features[i]
-        i = child
 
 
-@numba.njit("void(f4[::1], u4[::1])")
-def _heapify(values, features):
-    for i in range(len(values) // 2 - 1, -1, -1):
-        _sink(values, features, i)
+@numba.njit("void(u8[::1])")
+def _sort(keys):
+    """Largest last."""
+    if len(keys) > _FEW:
+        keys.sort()
+        return
+    for i in range(1, len(keys)):
+        key, j = keys[i], i
+        while j > 0 and keys[j - 1] > key:
+            keys[j] = keys[j - 1]
+            j -= 1
+        keys[j] = key
 
 
-@numba.njit("i8(f4[::1], u4[::1], i8, f4, i8)")
-def _offer(values, features, size, value, feature):
-    """Takes one more of ascending features in among `size` others if it is one of the strongest; how many there are then."""
-    if size < len(values):
-        values[size], features[size] = value, feature
-        if size + 1 == len(values):
-            _heapify(values, features)
-        return size + 1
-    if value > values[0]:
-        values[0], features[0] = value, feature
-        _sink(values, features, 0)
-    return size
+# Numbers without a sign, because an index that may be negative is checked for that each time.
+@numba.njit("u8(u1[::1], u4[::1], u4[::1])")
+def _list_set(flags, eights, places):
+    """Where the flags, 0 or 1, are set, into `places`; returns how many. `eights` has room for each eight of them.
 
-
-@numba.njit("void(f4[::1], u4[::1])")
-def _sort_heap(values, features):
-    for last in range(len(values) - 1, 0, -1):
-        values[0], values[last] = values[last], values[0]
-        features[0], features[last] = features[last], features[0]
-        _sink(values[:last], features[:last], 0)
+    Nothing branches on a flag, which no processor could foresee: a place is written in any case, and the next one over it
+    unless it counts. Both lists have room for one more.
+    """
+    together = flags.view(np.uint64)
+    n_eights = np.uint64(0)
+    for eight in range(len(together)):
+        eights[n_eights] = eight
+        n_eights += np.uint64(together[eight] != 0)
+    n = np.uint64(0)
+    for i in range(n_eights):
+        first = np.uint64(8) * np.uint64(eights[i])
+        for place in range(first, first + np.uint64(8)):
+            places[n] = place
+            n += np.uint64(flags[place])
+    return n
 
 
 @numba.njit(
     "Tuple((u4[::1], u4[::1], f4[::1], u4[::1]))(f4[:, ::1], f4[::1], f8[::1], i8[::1])", nogil=True
 )
 def strongest(z, threshold, above, limit):
-    """Of each row of `z` at most `limit` features that pass `threshold` and `above`.
+    """Of each row of `z` at most `limit` features that pass `threshold`, which is 0 or more, and `above`.
 
     `z` is [rows, features], `threshold` [features], `above` and `limit` [rows]. What is no number passes nothing. Returns
     how many are listed of each row; the features and their values, row after row, strongest first and of equals the lower
@@ -69,27 +85,28 @@ def strongest(z, threshold, above, limit):
     room = limit.sum()
     features, values = np.empty(room, np.uint32), np.empty(room, np.float32)
     counts, active = np.empty(n_rows, np.uint32), np.empty(n_rows, np.uint32)
-    passes = np.zeros((width + 7) // 8 * 8, np.bool_)
-    eights = passes.view(np.uint64)
+    passes = np.zeros((width + 7) // 8 * 8, np.uint8)
+    eights, found = np.empty(width // 8 + 2, np.uint32), np.empty(width + 1, np.uint32)
+    # A value and its feature's complement in one number, larger where stronger: the bits of positive floats are in order.
+    keys = np.empty(width + 1, np.uint64)
+    bits = z.view(np.uint32)
     stop = 0
     for row in range(n_rows):
         for feature in range(width):
             passes[feature] = z[row, feature] > threshold[feature]
-        best, whose = values[stop : stop + limit[row]], features[stop : stop + limit[row]]
-        size, active[row] = 0, 0
-        for eight in range(len(eights)):
-            if not eights[eight]:
-                continue
-            for feature in range(8 * eight, 8 * eight + 8):
-                if not passes[feature]:
-                    continue
-                active[row] += 1
-                if z[row, feature] > above[row]:
-                    size = _offer(best, whose, size, z[row, feature], feature)
-        best, whose = best[:size], whose[:size]
-        if size < limit[row]:
-            _heapify(best, whose)
-        _sort_heap(best, whose)
-        counts[row] = size
+        n_active = _list_set(passes, eights, found)
+        n = np.uint64(0)
+        for i in range(n_active):
+            feature = np.uint64(found[i])
+            keys[n] = np.uint64(bits[row, feature]) << np.uint64(32) | np.uint64(~found[i])
+            n += np.uint64(z[row, feature] > above[row])
+        size = min(np.int64(n), limit[row])
+        if n > size:
+            _select(keys[:n], size)
+        _sort(keys[:size])
+        for i in range(size):
+            feature = np.uint32(~keys[size - 1 - i])
+            features[stop + i], values[stop + i] = feature, z[row, feature]
+        counts[row], active[row] = size, n_active
         stop += size
     return counts, features[:stop], values[:stop], active
