@@ -23,7 +23,7 @@ class _Totals:
         self._largest = np.zeros(edits)
 
     def enter(self, tally: EditTally) -> None:
-        # All of them, in order, in most tallies: a slice is a third of the work of a list of indices.
+        # All of them, in order, in most tallies: a slice is less work than a list of indices.
         edits = slice(None) if len(tally.edits) == len(self._rows) else tally.edits
         self._rows[edits] += tally.rows
         self._changed[edits] += tally.changed

@@ -83,8 +83,8 @@ class RowPlan:
         return Outcome(change, x_norm, self._norms, applied)
 
 
-# Sums in any order, as products by a library have them; all else in the order that is written. Written as loops over
-# arrays known to be dense, which become vector instructions; numba's own array expressions take four times as long.
+# Sums in any order, as products by a library have them; all else in the order that is written. Loops over arrays that are
+# known to be dense become vector instructions; numba's own array expressions do not.
 _SUMS = {"reassoc", "contract"}
 
 

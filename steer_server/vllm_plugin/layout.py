@@ -43,7 +43,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         self.n_rows = int(self.counts.sum())
-        # Bytes are compared in half the time of arrays.
+        # Comparing bytes takes less than comparing arrays and asking whether all are equal.
         self._counts = self.counts.tobytes()
 
     def serves(

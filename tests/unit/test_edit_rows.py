@@ -129,7 +129,9 @@ def test_a_batch_of_another_shape_is_refused(shape: tuple[int, int]):
         plan.apply(case.hidden, torch.zeros(shape))
 
 
-def test_it_is_for_few_edits_that_need_no_more_than_their_own_feature():
+def test_it_is_for_few_edits_that_need_no_more_than_their_own_feature(
+    monkeypatch: pytest.MonkeyPatch,
+):
     case = Case()
     assert case.suits(case.edits([(0, 9, 0)]))
 
@@ -141,3 +143,6 @@ def test_it_is_for_few_edits_that_need_no_more_than_their_own_feature():
     assert not case.suits(case.edits([(0, 9, 2)], when_above=np.zeros(1, np.float32)))
     ranked = Case(k=3)
     assert not ranked.suits(ranked.edits([(0, 9, 0)]))
+    # Nine rows of five edits.
+    monkeypatch.setattr("steer_server.vllm_plugin.edit_rows._MOST_ENTRIES", 44)
+    assert not case.suits(case.edits([(0, 9, 0)]))
