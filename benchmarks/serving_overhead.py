@@ -21,6 +21,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import own_time
@@ -133,7 +134,8 @@ class Bench:
             async for _ in self.steer.generate(generation):
                 pass
 
-        asked = [case[number % len(case)] for number in range(load.requests)]
+        # Each request brings a program of its own, of which nothing is known yet.
+        asked = [replace(case[number % len(case)]) for number in range(load.requests)]
         return await _timed([one(program) for program in asked])
 
     async def ratios(

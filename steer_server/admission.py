@@ -92,12 +92,11 @@ def wire(
 ) -> dict[str, Any]:
     """`program` for the scheduler and the workers; InvalidRequest if no engine of this size could ever run it."""
     features = _located(program.features, dictionaries, sites)
-    for number, needed in Counter(number for number, _, _ in features).items():
-        if needed > slots:
-            raise InvalidRequest(
-                f"the edits need {needed} slots at {sites[number]}, the engine has {slots}; name fewer features",
-                field="edits",
-            )
+    for site, needed in _too_many(features, sites, slots):
+        raise InvalidRequest(
+            f"the edits need {needed} slots at {site}, the engine has {slots}; name fewer features",
+            field="edits",
+        )
     return {"program": msgspec.json.encode(to_json(program)).decode(), "features": features}
 
 
@@ -112,13 +111,11 @@ def check_revisions(
     if len(programs) > MAX_UPDATES + 1:
         raise Overloaded(f"a generation takes at most {MAX_UPDATES} updates; go on in a new one")
     features = set().union(*(program.features for program in programs))
-    located = _located(features, dictionaries, sites)
-    for number, needed in Counter(number for number, _, _ in located).items():
-        if needed > slots:
-            raise Overloaded(
-                f"with this update the generation has edited {needed} features at {sites[number]}, the engine has "
-                f"{slots} slots; go on in a new one"
-            )
+    for site, needed in _too_many(_located(features, dictionaries, sites), sites, slots):
+        raise Overloaded(
+            f"with this update the generation has edited {needed} features at {site}, the engine has "
+            f"{slots} slots; go on in a new one"
+        )
 
 
 def _located(
@@ -128,6 +125,16 @@ def _located(
     names = {name for name, _ in features}
     number = {name: sites.index(dictionaries[name].card.site) for name in names}
     return sorted((number[name], name, feature) for name, feature in features)
+
+
+def _too_many(
+    located: Sequence[tuple[int, str, int]], sites: Sequence[Site], slots: int
+) -> list[tuple[Site, int]]:
+    """The sites that have not so many slots, and how many they would need."""
+    if len(located) <= slots:
+        return []
+    needed = Counter(number for number, _, _ in located)
+    return [(sites[number], count) for number, count in needed.items() if count > slots]
 
 
 def _condition(

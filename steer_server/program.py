@@ -57,6 +57,13 @@ class Scope:
         return min((*self.positions, *self.exclude_positions, *ends), default=0) < 0
 
     @cached_property
+    def edges(self) -> frozenset[int]:
+        """The positions where, but for tokens and the prompt's end, it may begin or cease to hold."""
+        single = self.positions | self.exclude_positions
+        ends = {end for window in self.windows for end in window if end is not None}
+        return frozenset({*single, *(position + 1 for position in single), *ends})
+
+    @cached_property
     def canonical(self) -> str:
         """The same text for equal scopes only."""
         content = [
@@ -127,18 +134,14 @@ class Where(NamedTuple):
         if self.scope.reads_tokens:
             free = replace(self.scope, token_ids=frozenset(), exclude_token_ids=frozenset())
             where = self._replace(scope=free)
-        starts = {0, prompt_length, *self.edges()}
+        starts = {0, prompt_length, *self.edges}
         return any(where.holds(p, prompt_length, -1) for p in starts if 0 <= p < rows)
 
-    def edges(self) -> set[int]:
-        """The positions where, but for tokens and the prompt's end, it may begin or cease to hold.
-
-        Each position of a Patch stands alone, since each has its own value.
-        """
-        scope = self.scope
-        single = scope.positions | scope.exclude_positions | (self.patched or frozenset())
-        ends = {end for window in scope.windows for end in window if end is not None}
-        return {*single, *(position + 1 for position in single), *ends}
+    @property
+    def edges(self) -> frozenset[int]:
+        """As `Scope.edges`. Each position of a Patch stands alone, since each has its own value."""
+        patched = self.patched or frozenset()
+        return self.scope.edges.union(patched, (position + 1 for position in patched))
 
     def runs(
         self, start: int, stop: int, prompt_length: int, token_ids: Sequence[int]
@@ -151,7 +154,7 @@ class Where(NamedTuple):
         if reads:
             cuts = range(start, stop + 1)
         else:
-            edges = {prompt_length, *self.edges()}
+            edges = {prompt_length, *self.edges}
             cuts = sorted({start, stop, *(edge for edge in edges if start < edge < stop)})
         for first, last in pairwise(cuts):
             if self.holds(first, prompt_length, token_ids[first - start] if reads else -1):
@@ -249,18 +252,29 @@ class Program:
     oversize: Oversize = Oversize.REJECT
     """What happens past `max_relative_size`."""
 
+    def __deepcopy__(self, memo: Any) -> "Program":
+        """Itself, since nothing of it changes: vLLM copies what each request brings."""
+        return self
+
     @cached_property
     def groups(self) -> dict[Where, list[int]]:
         """The indices of its edits by where they run; most edits of a program run at the same places."""
         found: dict[Where, list[int]] = {}
+        scope, indices = None, []
         for index, entry in enumerate(self.edits):
-            found.setdefault(entry.where, []).append(index)
+            if isinstance(entry.edit, Patch):
+                found.setdefault(entry.where, []).append(index)
+                continue
+            # To make a `Where` and find it takes longer than all else.
+            if entry.scope is not scope:
+                scope, indices = entry.scope, found.setdefault(entry.where, [])
+            indices.append(index)
         return found
 
     @cached_property
     def edges(self) -> set[int]:
         """As `Where.edges`, of all its edits."""
-        return set().union(*(where.edges() for where in self.groups))
+        return set().union(*(where.edges for where in self.groups))
 
     @cached_property
     def reads_tokens(self) -> bool:

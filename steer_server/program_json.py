@@ -8,7 +8,8 @@ A missing value is the default of `Program`'s classes; an unknown one is an erro
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from steer_server.dictionary.edits import (
@@ -107,15 +108,21 @@ _WRITTEN: dict[type[Edit], Callable[[Any], tuple[str, dict[str, Any]]]] = {
 def _plain(entry: Any) -> dict[str, Any]:
     """A flat dataclass without what has its default."""
     found = {}
-    for item in fields(entry):
-        value = getattr(entry, item.name)
-        if item.default is MISSING or value != item.default:
+    for name, default in _defaults(type(entry)):
+        value = getattr(entry, name)
+        if value != default:
             if isinstance(value, frozenset):
                 value = sorted(value)
             elif isinstance(value, tuple):
                 value = [list(part) if isinstance(part, tuple) else part for part in value]
-            found[item.name] = value
+            found[name] = value
     return found
+
+
+@cache
+def _defaults(kind: type[Any]) -> list[tuple[str, Any]]:
+    """The fields of a dataclass by name; without a default MISSING, which equals nothing."""
+    return [(item.name, item.default) for item in fields(kind)]
 
 
 def _edit(content: Any, path: str, dictionaries: Dictionaries | None) -> FeatureEdit:

@@ -39,7 +39,8 @@ class FeatureRows(NamedTuple):
     decoder: Float[Tensor, "features d_model"]
 
     def take(self, index: Int[Tensor, " chosen"]) -> "FeatureRows":
-        return FeatureRows(*(tensor[index] for tensor in self))
+        # tensor[index] wakes torch's threads for however few rows, and waits for one whose core is busy.
+        return FeatureRows(*(tensor.index_select(0, index) for tensor in self))
 
     def encode(
         self,

@@ -115,6 +115,8 @@ class Account:
         held = [revision for revision, start in enumerate(self.starts) if start is not None]
         reports = []
         for revision, following in zip(held, [*held[1:], None], strict=True):
+            if not self.programs[revision].edits:
+                continue
             first = self.starts[revision] or 0
             stop = last_row if following is None else min(last_row, self.starts[following] or 0)
             expected = self._expected(revision, first, stop)

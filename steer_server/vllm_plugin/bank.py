@@ -1,7 +1,7 @@
 """The rows of the features in use at one site, at fixed addresses, in slots that are counted and freed."""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -77,11 +77,15 @@ class Bank:
         )
         self.decoder_norm = torch.ones(capacity, device=device)
 
-    def put(self, slot: int, rows: FeatureRows, feature: int) -> None:
-        """Copies one feature's rows into its slot."""
-        for mine, theirs in zip(self.rows, rows, strict=True):
-            mine[slot] = theirs[feature]
-        self.decoder_norm[slot] = rows.decoder[feature].norm()
+    def put(self, slots: Sequence[int], rows: FeatureRows, features: Sequence[int]) -> None:
+        """Copies the rows of each of the features into its slot."""
+        device = self.decoder_norm.device
+        chosen, index = torch.tensor(features, device=device), torch.tensor(slots, device=device)
+        # All at once: row by row the calls would take longer than the copies.
+        found = rows.take(chosen)
+        for mine, theirs in zip(self.rows, found, strict=True):
+            mine.index_copy_(0, index, theirs)
+        self.decoder_norm.index_copy_(0, index, found.decoder.norm(dim=1))
 
     def at(self, slots: NDArray) -> tuple[FeatureRows, Tensor]:
         """The rows at `slots` and their decoder norms; views if they lie there in this order."""

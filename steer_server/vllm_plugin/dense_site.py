@@ -159,7 +159,10 @@ class DensePlan:
     def _of(self, batch: Tensor) -> Tensor:
         """The rows with edits."""
         # A slice of all is a call, too.
-        return batch if self._rows is None else batch[self._rows]
+        if self._rows is None:
+            return batch
+        rows = self._rows
+        return batch[rows] if isinstance(rows, slice) else batch.index_select(0, rows)
 
     def _add(self, hidden: Tensor, delta: Tensor) -> None:
         if isinstance(self._rows, Tensor):

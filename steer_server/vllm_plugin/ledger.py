@@ -49,6 +49,8 @@ class Ledger:
 
     def settle(self) -> None:
         """Hands over all that came in."""
+        if not self._steps:
+            return
         blocks: dict[tuple[tuple[str, ...], bytes], list[EditBlock]] = {}
         rows: dict[tuple[tuple[str, ...], bytes, bytes], list[EditRows]] = {}
         for report in self._steps:

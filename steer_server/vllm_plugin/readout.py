@@ -60,7 +60,8 @@ class Reading:
 
     def encode(self, x: Tensor) -> Encoded:
         """What the dictionary makes of the wanted rows of `x`, the batch in float32."""
-        return self._encode(x[self._rows])
+        rows = self._rows
+        return self._encode(x[rows] if isinstance(rows, slice) else x.index_select(0, rows))
 
     def block(
         self, encoded: Sequence[NDArray], position_of_row: NDArray, seconds: float
@@ -96,8 +97,9 @@ class Reading:
             kept[line, : len(want.spec.features)] = True
             place[line, : len(want.spec.features)] = np.searchsorted(union, want.spec.features)
         device = resident.rows.bias.device
-        columns = torch.from_numpy(np.repeat(place, self._lengths, axis=0)).to(device)
-        features = torch.tensor(union, device=device)[columns]
+        place = np.repeat(place, self._lengths, axis=0)
+        columns = torch.from_numpy(place).to(device)
+        features = torch.from_numpy(np.array(union)[place]).to(device)
         chosen = resident.rows.take(torch.tensor(union, device=device))
 
         def encode(x: Tensor) -> Encoded:

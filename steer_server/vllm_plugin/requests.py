@@ -79,10 +79,11 @@ class RequestState:
         return found
 
     def segments(self, start: int, stop: int, tokens: Tokens) -> list[Segment]:
-        """The rows [start, stop) cut where edits change."""
+        """The rows [start, stop) cut where edits change; those of programs without edits are left out."""
         found = []
         for revision, first, last in self.revisions(start, stop):
-            found += self._cut(revision, first, last, tokens)
+            if self.programs[revision].edits:
+                found += self._cut(revision, first, last, tokens)
         return found
 
     def steady_until(self, position: int) -> int:

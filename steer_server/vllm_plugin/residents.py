@@ -114,8 +114,11 @@ class Residents(dict[str, Resident]):
         """Gives each feature of a site of this process a slot; its rows are there before the next step."""
         for site, wanted in self._by_site(features).items():
             bank = self.banks[site]
-            for name, feature in bank.slots.acquire(wanted):
-                bank.put(bank.slots[name, feature], self[name].rows, feature)
+            new = bank.slots.acquire(wanted)
+            for name in {name for name, _ in new}:
+                features = [feature for owner, feature in new if owner == name]
+                slots = [bank.slots[name, feature] for feature in features]
+                bank.put(slots, self[name].rows, features)
 
     def release(self, features: Iterable[Feature]) -> None:
         """Undoes one `acquire` of the same features."""

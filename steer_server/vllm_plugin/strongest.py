@@ -7,11 +7,11 @@ pass its threshold is looked at once, vectorised. Importing this compiles it, wh
 import numba
 import numpy as np
 
-_FEW = 64
-"""Keys up to which they are sorted by insertion, which a processor foresees better."""
+_FEW = 128
+"""Keys up to which comparing each with all takes less than finding those that need not be compared."""
 
 
-@numba.njit("void(u8[::1], i8)")
+@numba.njit("void(i8[::1], i8)")
 def _select(keys, k):
     """Brings the `k` largest to the front, in any order (Hoare's quickselect)."""
     first, last = 0, len(keys) - 1
@@ -35,18 +35,14 @@ def _select(keys, k):
             return
 
 
-@numba.njit("void(u8[::1])")
-def _sort(keys):
-    """Largest last."""
-    if len(keys) > _FEW:
-        keys.sort()
-        return
-    for i in range(1, len(keys)):
-        key, j = keys[i], i
-        while j > 0 and keys[j - 1] > key:
-            keys[j] = keys[j - 1]
-            j -= 1
-        keys[j] = key
+@numba.njit("void(i8[::1], i8[::1])")
+def _rank(keys, ranked):
+    """Distinct keys, the largest first, into `ranked`. Nothing branches, and the comparisons are vectorised."""
+    for i in range(len(keys)):
+        larger = np.uint64(0)
+        for j in range(len(keys)):
+            larger += np.uint64(keys[j] > keys[i])
+        ranked[larger] = keys[i]
 
 
 # Numbers without a sign, because an index that may be negative is checked for that each time.
@@ -83,12 +79,12 @@ def strongest(z, threshold, above, limit):
     """
     n_rows, width = z.shape
     room = limit.sum()
-    features, values = np.empty(room, np.uint32), np.empty(room, np.float32)
+    features, values = np.empty(room, np.uint32), np.empty(room, np.uint32)
     counts, active = np.empty(n_rows, np.uint32), np.empty(n_rows, np.uint32)
     passes = np.zeros((width + 7) // 8 * 8, np.uint8)
     eights, found = np.empty(width // 8 + 2, np.uint32), np.empty(width + 1, np.uint32)
     # A value and its feature's complement in one number, larger where stronger: the bits of positive floats are in order.
-    keys = np.empty(width + 1, np.uint64)
+    keys, ranked = np.empty(width + 1, np.int64), np.empty(width + 1, np.int64)
     bits = z.view(np.uint32)
     stop = 0
     for row in range(n_rows):
@@ -98,15 +94,19 @@ def strongest(z, threshold, above, limit):
         n = np.uint64(0)
         for i in range(n_active):
             feature = np.uint64(found[i])
-            keys[n] = np.uint64(bits[row, feature]) << np.uint64(32) | np.uint64(~found[i])
+            keys[n] = np.int64(bits[row, feature]) << 32 | np.int64(~found[i])
             n += np.uint64(z[row, feature] > above[row])
         size = min(np.int64(n), limit[row])
-        if n > size:
+        if n > _FEW:
             _select(keys[:n], size)
-        _sort(keys[:size])
+            n = np.uint64(size)
+        if n > _FEW:
+            ranked[:n] = np.sort(keys[:n])[::-1]
+        else:
+            _rank(keys[:n], ranked)
         for i in range(size):
-            feature = np.uint32(~keys[size - 1 - i])
-            features[stop + i], values[stop + i] = feature, z[row, feature]
+            features[stop + i] = np.uint32(~ranked[i])
+            values[stop + i] = np.uint32(ranked[i] >> 32)
         counts[row], active[row] = size, n_active
         stop += size
-    return counts, features[:stop], values[:stop], active
+    return counts, features[:stop], values[:stop].view(np.float32), active

@@ -53,3 +53,13 @@ def test_an_account_closes_whole_after_its_request_was_forgotten() -> None:
     (edit,) = accounts["slow reader"].close()
     assert (edit.tokens_in_scope, edit.tokens_changed) == (3, 2)
     assert np.isclose(edit.mean_relative_size, 0.5 / 3)
+
+
+def test_vllm_does_not_copy_a_program_for_each_request() -> None:
+    brought = request("r").sampling_params
+    assert brought is not None
+
+    copied = brought.clone()
+
+    assert copied.extra_args is not brought.extra_args
+    assert (copied.extra_args or {})[KEY] is (brought.extra_args or {})[KEY]

@@ -19,7 +19,15 @@ from steer_server.errors import (
     SteerError,
     UnknownFeature,
 )
-from steer_server.program import Condition, FeatureEdit, Oversize, Program, ReadOut, Scope
+from steer_server.program import (
+    EVERYWHERE,
+    Condition,
+    FeatureEdit,
+    Oversize,
+    Program,
+    ReadOut,
+    Scope,
+)
 from steer_server.program_json import from_json, to_json
 from steer_server.vllm_plugin.sentinel import sentinel
 from tests.unit.serving import NAME, NEVER_FIRED, small_dictionary
@@ -74,7 +82,7 @@ def test_between_edges_a_scope_does_not_change_with_the_position(scope: Scope) -
     held = [where.holds(position, LENGTH, token=1) for position in range(30)]
 
     changes = set((np.flatnonzero(np.diff(held)) + 1).tolist())
-    assert changes <= where.edges() | {LENGTH}
+    assert changes <= where.edges | {LENGTH}
 
 
 @given(scopes())
@@ -87,6 +95,23 @@ def test_it_may_hold_somewhere_if_some_token_would_let_it(scope: Scope) -> None:
     assert any(held) <= where.holds_somewhere(9, LENGTH)
     if not scope.token_ids <= scope.exclude_token_ids or not scope.token_ids:
         assert any(held) == where.holds_somewhere(9, LENGTH)
+
+
+SCOPES = [EVERYWHERE, Scope(), Scope(prompt=False)]
+
+
+@given(chosen=st.lists(st.tuples(st.sampled_from(SCOPES), st.booleans()), max_size=8))
+def test_each_edit_is_in_the_group_of_where_it_runs(chosen: list[tuple[Scope, bool]]) -> None:
+    entries = [
+        FeatureEdit("d", Patch(index, ((2, 1.0),)) if patch else Ablate(index), scope)
+        for index, (scope, patch) in enumerate(chosen)
+    ]
+
+    groups = Program(tuple(entries)).groups
+
+    found = {index: where for where, indices in groups.items() for index in indices}
+    assert found == {index: entry.where for index, entry in enumerate(entries)}
+    assert all(indices == sorted(set(indices)) for indices in groups.values())
 
 
 def test_a_position_before_the_prompt_is_refused_by_its_path() -> None:
@@ -281,6 +306,10 @@ def test_a_program_with_more_features_than_slots_is_refused() -> None:
     assert wire(program, DICTIONARIES, sites, 2)["features"] == [(0, NAME, 1), (0, NAME, 2)]
     with pytest.raises(InvalidRequest, match="need 2 slots"):
         wire(program, DICTIONARIES, sites, 1)
+    # Each site has slots of its own.
+    apart = Program((FeatureEdit(NAME, Ablate(1)), FeatureEdit("elsewhere", Ablate(0))))
+    both = [*sites, DICTIONARIES["elsewhere"].card.site]
+    assert len(wire(apart, DICTIONARIES, both, 1)["features"]) == 2
 
 
 def test_equal_programs_share_a_salt_and_unequal_ones_do_not() -> None:

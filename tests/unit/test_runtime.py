@@ -39,6 +39,7 @@ from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.bank import Bank, Slots
 from steer_server.vllm_plugin.ledger import Ledger
 from steer_server.vllm_plugin.report import StepReport, StepResult
+from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.runtime import Runtime
 from tests.unit.strategies import (
     ARCHITECTURES,
@@ -588,7 +589,7 @@ def test_an_update_that_would_begin_behind_a_later_one_never_holds(
     runtime: Runtime, saved: dict[str, Saved]
 ) -> None:
     batch = Batch(runtime, 1)
-    programs = [Program((FeatureEdit("t", Add(i, 2.0)),)) for i in range(4)]
+    programs = [Program(), *(Program((FeatureEdit("t", Add(i, 2.0)),)) for i in range(3))]
     batch.admit("r", 6, programs[0])
     for program, first in zip(programs[1:], (5, 2, 4), strict=True):
         batch.update("r", program, first)
@@ -600,7 +601,7 @@ def test_an_update_that_would_begin_behind_a_later_one_never_holds(
         torch.testing.assert_close(batch.edited["r", 0, position], expected)
     applied = [entry for result in batch.results["r"] for entry in result.applied]
     assert applied == [(1, 2), (2, 2), (3, 4)]
-    assert [report.tokens_in_scope for report in batch.close("r", 6)] == [1, 0, 2, 2]
+    assert [report.tokens_in_scope for report in batch.close("r", 6)] == [0, 2, 2]
 
 
 def test_two_read_outs_of_one_request_do_not_shift_into_a_neighbour(
@@ -674,6 +675,23 @@ def test_the_bank_gives_rows_in_the_order_of_the_slots(wanted: list[int]) -> Non
     rows, norms = bank.at(np.array(wanted, np.int32))
 
     assert rows.decoder[:, 0].tolist() == norms.tolist() == wanted
+
+
+def test_each_feature_has_its_own_rows_in_its_slot() -> None:
+    bank, site = Bank(8, 3, torch.device("cpu")), Site.parse("resid_post.0")
+    residents = Residents([site], [0], {0: bank}, torch.device("cpu"))
+    made = {name: Dictionary.tied(torch.randn(5, 3), torch.randn(5)) for name in "ab"}
+    for name in made:
+        residents.add(name, site, made[name])
+    features = [("a", 1), ("b", 1), ("b", 4), ("a", 0)]
+
+    residents.acquire(features)
+
+    for name, feature in features:
+        slot, rows = bank.slots[name, feature], made[name].rows
+        for mine, theirs in zip(bank.rows, rows, strict=True):
+            assert torch.equal(mine[slot], theirs[feature])
+        assert bank.decoder_norm[slot] == rows.decoder[feature].norm()
 
 
 def test_a_dictionary_of_an_unserved_site_or_with_other_bytes_is_refused(
