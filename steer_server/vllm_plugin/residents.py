@@ -116,9 +116,8 @@ class Residents(dict[str, Resident]):
             bank = self.banks[site]
             new = bank.slots.acquire(wanted)
             for name in {name for name, _ in new}:
-                features = [feature for owner, feature in new if owner == name]
-                slots = [bank.slots[name, feature] for feature in features]
-                bank.put(slots, self[name].rows, features)
+                own = [feature for owner, feature in new if owner == name]
+                bank.put([bank.slots[name, feature] for feature in own], self[name].rows, own)
 
     def release(self, features: Iterable[Feature]) -> None:
         """Undoes one `acquire` of the same features."""
