@@ -13,6 +13,7 @@ out).
     python benchmarks/serving_overhead.py --json build/serving_overhead.json
 
 `--quick` takes two short rounds, to see that it runs. `--compiled` leaves torch.compile on (needs a C++ compiler).
+`own_time_spread` is from the least to the greatest round of `without_own_time`.
 """
 
 import argparse
@@ -170,6 +171,11 @@ class Bench:
                 for name, values in own.items()
                 if not isinstance(cases[name], str)
             },
+            "own_time_spread": {
+                name: [round(min(v), 4), round(max(v), 4)]
+                for name, v in own.items()
+                if not isinstance(cases[name], str)
+            },
             "plain_tokens_per_second": round(produced / statistics.median(plain_times), 1),
         }
 
@@ -220,6 +226,7 @@ async def main(options: argparse.Namespace) -> dict[str, Any]:
     loads = {
         name: (load._replace(tokens=min(load.tokens, 8)) if options.quick else load, asked)
         for name, (load, asked) in LOADS.items()
+        if name in (options.loads or LOADS)
     }
     result: dict[str, Any] = {
         **circumstances(options),
@@ -242,4 +249,5 @@ if __name__ == "__main__":
     # vLLM starts its processes by importing this file again.
     options = parser(__doc__, rounds=9)
     add_engine_options(options)
+    options.add_argument("--loads", nargs="+", choices=LOADS, help="only these (default: all)")
     measure(options.parse_args(), main)

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from steer_server.errors import EditNotApplied, EditTooLarge
 from steer_server.generation import EditReport, RevisionApplied
 from steer_server.program import Program
@@ -13,31 +11,14 @@ from steer_server.vllm_plugin.ledger import EditTally
 from steer_server.vllm_plugin.report import StepResult
 
 
-class _Totals:
-    """Of the edits of one revision."""
+@dataclass(slots=True)
+class _Total:
+    """Of one edit of a revision."""
 
-    def __init__(self, edits: int) -> None:
-        self._rows = np.zeros(edits, np.int64)
-        self._changed = np.zeros(edits, np.int64)
-        self._size = np.zeros(edits)
-        self._largest = np.zeros(edits)
-
-    def enter(self, tally: EditTally) -> None:
-        # All of them, in order, in most tallies: a slice is less work than a list of indices.
-        edits = slice(None) if len(tally.edits) == len(self._rows) else tally.edits
-        self._rows[edits] += tally.rows
-        self._changed[edits] += tally.changed
-        self._size[edits] += tally.total_size
-        self._largest[edits] = np.maximum(self._largest[edits], tally.max_size)
-
-    def reports(self, revision: int) -> list[EditReport]:
-        """By edit."""
-        mean = self._size / np.maximum(self._rows, 1)
-        columns = self._rows, self._changed, mean, self._largest
-        return [
-            EditReport(revision, edit, *numbers)
-            for edit, numbers in enumerate(zip(*(c.tolist() for c in columns), strict=True))
-        ]
+    rows: int = 0
+    changed: int = 0
+    size: float = 0.0
+    largest: float = 0.0
 
 
 @dataclass(eq=False)
@@ -61,7 +42,8 @@ class Account:
     _skipped: list[tuple[int, int]] = field(default_factory=list)
     """Runs of positions taken from the prefix cache."""
     _result: StepResult | None = None
-    _totals: dict[int, _Totals] = field(default_factory=dict)
+    _totals: dict[int, list[_Total]] = field(default_factory=dict)
+    """By revision, then by edit."""
 
     @property
     def prompt_length(self) -> int:
@@ -96,7 +78,14 @@ class Account:
 
     def enter(self, tally: EditTally) -> None:
         """What edits did, as the ledger hands it over."""
-        self._of(tally.revision).enter(tally)
+        totals = self._of(tally.revision)
+        numbers = zip(tally.edits, tally.changed, tally.total_size, tally.max_size, strict=True)
+        for edit, changed, size, largest in numbers:
+            total = totals[edit]
+            total.rows += tally.rows
+            total.changed += changed
+            total.size += size
+            total.largest = max(total.largest, largest)
 
     def applied(self, result: StepResult) -> tuple[RevisionApplied, ...]:
         """The revisions that began to hold, by the first generated token drawn under them."""
@@ -120,14 +109,16 @@ class Account:
             first = self.starts[revision] or 0
             stop = last_row if following is None else min(last_row, self.starts[following] or 0)
             expected = self._expected(revision, first, stop)
-            found = self._of(revision).reports(revision)
-            for index, (rows, report) in enumerate(zip(expected, found, strict=True)):
-                if report.tokens_in_scope < rows:
+            found = self._of(revision)
+            for index, (rows, total) in enumerate(zip(expected, found, strict=True)):
+                if total.rows < rows:
                     raise EditNotApplied(
-                        f"edit {index} of revision {revision} ran on {report.tokens_in_scope} tokens, "
-                        f"its scope holds {rows}"
+                        f"edit {index} of revision {revision} ran on {total.rows} tokens, its scope holds {rows}"
                     )
-                reports.append(report)
+                mean = total.size / max(total.rows, 1)
+                reports.append(
+                    EditReport(revision, index, total.rows, total.changed, mean, total.largest)
+                )
         return tuple(reports)
 
     def _expected(self, revision: int, first: int, stop: int) -> list[int]:
@@ -148,7 +139,7 @@ class Account:
         cached = (max(0, min(last, end) - max(first, start)) for start, end in self._skipped)
         return last - first - sum(cached)
 
-    def _of(self, revision: int) -> _Totals:
+    def _of(self, revision: int) -> list[_Total]:
         if revision not in self._totals:
-            self._totals[revision] = _Totals(len(self.programs[revision].edits))
+            self._totals[revision] = [_Total() for _ in self.programs[revision].edits]
         return self._totals[revision]

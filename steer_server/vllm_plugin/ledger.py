@@ -18,15 +18,15 @@ _STEPS_AT_ONCE = 64
 
 
 class EditTally(NamedTuple):
-    """What edits of one revision did on `rows` rows, all in their scope; arrays align with `edits`."""
+    """What edits of one revision did on `rows` rows, all in their scope; the others align with `edits`."""
 
     revision: int
     rows: int
-    edits: NDArray[np.int32]
-    changed: NDArray[np.uint32]
+    edits: list[int]
+    changed: list[int]
     """As in `EditBlock`, as are the others."""
-    total_size: NDArray[np.float64]
-    max_size: NDArray[np.float32]
+    total_size: list[float]
+    max_size: list[float]
 
 
 _Sums = tuple[NDArray[np.uint32], NDArray[np.float64], NDArray[np.float32]]
@@ -67,12 +67,13 @@ class Ledger:
 
     def _split(self, requests: tuple[str, ...], runs: EditRuns, steps: int, sums: _Sums) -> None:
         """`sums` are of so many steps of the same requests and runs."""
-        changed, total, largest = sums
+        # A request has few edits: lists of them take less than arrays.
+        edits, changed, total, largest = (numbers.tolist() for numbers in (runs.edit, *sums))
         end = 0
         for request, revision, rows, entries in zip(*(a.tolist() for a in runs[:4]), strict=True):
             part = slice(end, end := end + entries)
             tally = EditTally(
-                revision, rows * steps, runs.edit[part], changed[part], total[part], largest[part]
+                revision, rows * steps, edits[part], changed[part], total[part], largest[part]
             )
             self._hand_over(requests[request], tally)
 

@@ -14,9 +14,9 @@ class Requests(dict[str, list[int]]):
     def enter(self, name: str, tally: EditTally) -> None:
         sums = self.setdefault(name, [0, 0, 0, 0])
         sums[0] += tally.rows
-        sums[1] += int(tally.changed.sum())
-        sums[2] += int(tally.total_size.sum())
-        sums[3] = max(sums[3], int(tally.max_size.max()))
+        sums[1] += sum(tally.changed)
+        sums[2] += int(sum(tally.total_size))
+        sums[3] = max(sums[3], *map(int, tally.max_size))
 
 
 def report(step: int, names: list[str]) -> StepReport:

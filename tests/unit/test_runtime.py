@@ -293,8 +293,8 @@ def test_chunks_are_not_taken_for_more_of_the_same(
         x, change = batch.x("r", 0, position), change_at(saved, program, batch, "r", 0, position)
         torch.testing.assert_close(batch.edited["r", 0, position], x + change)
     batch.ledger.settle()
-    (report,) = batch.accounts["r"]._totals[0].reports(0)
-    assert report.tokens_in_scope == 13
+    (total,) = batch.accounts["r"]._totals[0]
+    assert total.rows == 13
 
 
 def test_a_steady_batch_is_laid_out_once(runtime: Runtime, saved: dict[str, Saved]) -> None:
