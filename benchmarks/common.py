@@ -76,7 +76,11 @@ def _engine_versions() -> dict[str, str]:
 
 
 def _cpu() -> str:
+    """Its name and the widest vectors it has, by which processors of one name differ most."""
+    facts: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor()
+    flags = facts.get("flags", "").split()
+    return next((f"{name} with {flag}" for flag in ("avx512f", "avx2") if flag in flags), name)
