@@ -9,6 +9,7 @@ from steer_server.program import FeatureEdit, Program
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.frontend import Frontend
+from steer_server.vllm_plugin.ledger import EditTally
 from steer_server.vllm_plugin.report import EditBlock, EditRuns, StepReport
 from tests.unit.serving import NAME, small_dictionary
 
@@ -63,3 +64,14 @@ def test_vllm_does_not_copy_a_program_for_each_request() -> None:
 
     assert copied.extra_args is not brought.extra_args
     assert (copied.extra_args or {})[KEY] is (brought.extra_args or {})[KEY]
+
+
+def test_tallies_of_an_edit_add_up() -> None:
+    account = Account([5, 6, 7, 8], [Program((FeatureEdit(NAME, Ablate(1)),))], token_ids=[9])
+    account.enter(EditTally(0, 2, [0], [1], [0.5], [0.3]))
+    account.enter(EditTally(0, 1, [0], [1], [1.0], [0.2]))
+
+    (edit,) = account.close()
+
+    assert (edit.tokens_in_scope, edit.tokens_changed) == (3, 2)
+    assert (edit.mean_relative_size, edit.max_relative_size) == (0.5, 0.3)
