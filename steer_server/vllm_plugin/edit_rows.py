@@ -17,7 +17,7 @@ from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.site_edits import Outcome, SiteEdits
 
-_MOST_ROWS, _MOST_ENTRIES = 512, 8192
+_MOST_ROWS, _MOST_ENTRIES = 512, 4096
 """Up to these, entries of all rows together, it is faster than dense products, which share their rows among threads."""
 
 
