@@ -22,7 +22,6 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import own_time
@@ -39,6 +38,7 @@ from steer_server.dictionary.edits import AddRelative, Scale
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.generation import Generation, Sampling
 from steer_server.program import FeatureEdit, Program, ReadOut
+from steer_server.program_json import from_json, to_json
 from steer_server.vllm_plugin import plugin
 
 PROMPT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS = 16, 1024, 64
@@ -135,8 +135,8 @@ class Bench:
             async for _ in self.steer.generate(generation):
                 pass
 
-        # Each request brings a program of its own, of which nothing is known yet.
-        asked = [replace(case[number % len(case)]) for number in range(load.requests)]
+        # Each request brings a program of its own, as it comes from a client.
+        asked = [from_json(to_json(case[number % len(case)])) for number in range(load.requests)]
         return await _timed([one(program) for program in asked])
 
     async def ratios(

@@ -125,7 +125,7 @@ class VllmEngine:
                 f"dictionary {name!r} is of site {stored.card.site}, the engine was started with "
                 f"{', '.join(map(str, self._settings.sites))}; add the site to the settings and restart"
             )
-        if name in self._frontend.dictionaries:
+        if name in self._frontend.admission.dictionaries:
             raise NameTaken(f"a dictionary {name!r} is resident")
         folder = str(stored.folder.resolve())
         try:
@@ -139,7 +139,7 @@ class VllmEngine:
             with suppress(EngineUnavailable):
                 await self._rpc("steer_unload", name)
             raise
-        self._frontend.dictionaries[name] = stored
+        self._frontend.admission.add(name, stored)
 
     async def remove_dictionary(self, name: str) -> None:
         users = sum(
@@ -149,7 +149,7 @@ class VllmEngine:
         if users:
             raise DictionaryInUse(f"{users} running requests name dictionary {name!r}")
         # Admission looks here: from now on no request can name it.
-        del self._frontend.dictionaries[name]
+        self._frontend.admission.remove(name)
         await self._rpc("steer_unload", name)
 
     @property
@@ -162,16 +162,16 @@ class VllmEngine:
         It proves that the model, as compiled, calls the op at each site, that what is read there is what is written,
         and that later layers see it.
         """
-        dictionaries = self._frontend.dictionaries
+        admission = self._frontend.admission
         for site in self._settings.sites:
             stored = sentinel(site, self.d_model)
             name = stored.card.name
             await self._rpc("steer_sentinel", str(site))
-            dictionaries[name] = stored
+            admission.add(name, stored)
             try:
                 await self._test_site(name, site)
             finally:
-                del dictionaries[name]
+                admission.remove(name)
                 await self._rpc("steer_unload", name)
         self.self_test_passed = True
 

@@ -310,24 +310,31 @@ class Program:
         read = {read_out.dictionary for read_out in self.read_outs}
         return read | {name for name, _ in self.features}
 
-    def cache_salt(
-        self, hashes: Mapping[str, str], prompt_length: int, nonce: str = ""
-    ) -> str | None:
-        """Names the KV blocks that requests with these edits may share; None without edits.
+    def digest(self, hashes: Mapping[str, str]) -> str:
+        """The same for equal edits only, in whatever order they came; positions are absolute.
 
-        `hashes` maps dictionary names to `Card.arithmetic`; positions are absolute. Equal edits give equal salts, in
-        whatever order they came. Where an edit tells the phases apart, a token that one request generated and the
-        next one has in its prompt is not the same, so the prompt's length counts, too.
+        `hashes` maps dictionary names to `Card.arithmetic`.
         """
-        if not self.edits and not nonce:
-            return None
-        canonical = sorted(_canonical(entry, hashes) for entry in self.edits)
-        phases = any(where.scope.reads_phase for where in self.groups)
-        content = [canonical, prompt_length if phases else None, nonce]
+        content: list[Any] = [sorted(_canonical(entry, hashes) for entry in self.edits)]
         # Blocks made without the limit say nothing of whether it was kept.
         if self.max_relative_size is not None and self.oversize is not Oversize.WARN:
             content += [self.max_relative_size, self.oversize]
-        return hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()
+        return _hash(content)
+
+    def cache_salt(self, digest: str, prompt_length: int, nonce: str = "") -> str | None:
+        """Names the KV blocks that requests with these edits, whose `digest` it is, may share; None without edits.
+
+        Where an edit tells the phases apart, a token that one request generated and the next one has in its prompt is
+        not the same, so the prompt's length counts, too.
+        """
+        if not self.edits and not nonce:
+            return None
+        phases = any(where.scope.reads_phase for where in self.groups)
+        return _hash([digest, prompt_length if phases else None, nonce])
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()
 
 
 def _canonical(entry: FeatureEdit, hashes: Mapping[str, str]) -> list[Any]:

@@ -17,8 +17,9 @@ from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.site_edits import Outcome, SiteEdits
 
-_MOST_ROWS, _MOST_ENTRIES = 512, 4096
-"""Up to these, entries of all rows together, it is faster than dense products, which share their rows among threads."""
+_MOST_ROWS, _MOST_ENTRIES, _MOST_PER_ROW = 512, 4096, 8
+"""Up to so many rows, and entries of all rows together, it is faster than dense products, which share their rows among
+threads; and up to so many entries more for each row, of which those make several tables."""
 
 
 class RowPlan:
@@ -49,8 +50,8 @@ class RowPlan:
         batch = [hidden] if residual is None else [hidden, residual]
         return (
             all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in batch)
-            and len(edits.line_of_row) <= _MOST_ROWS
-            and len(edits.line_of_row) * lines.slot.shape[1] <= _MOST_ENTRIES
+            and (n := len(edits.line_of_row)) <= _MOST_ROWS
+            and n * lines.slot.shape[1] <= _MOST_ENTRIES + n * _MOST_PER_ROW
             and lines.bounds is None
             and not any(entries.conditional for entries in edits.distinct)
             and not any(

@@ -13,14 +13,14 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from steer_server.admission import check, check_revisions, check_scopes, parse, wire
-from steer_server.dictionary.files import StoredDictionary
+from steer_server.admission import check_revisions, check_scopes, parse
 from steer_server.dictionary.site import Site
 from steer_server.errors import InvalidRequest
 from steer_server.generation import SlotLoad
 from steer_server.program import Program
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
+from steer_server.vllm_plugin.admitted import Admission, Admitted
 from steer_server.vllm_plugin.ledger import EditTally, Ledger
 from steer_server.vllm_plugin.report import StepReport, StepResult
 
@@ -48,21 +48,19 @@ class Frontend:
         may be before the caller has read a single output.
         """
         self._admitted = admitted
-        self.sites = list(sites)
-        self.slots = slots
-        self.dictionaries: dict[str, StoredDictionary] = {}
+        self.admission = Admission(sites, slots)
         self.accounts: dict[str, Account] = {}
         """By vLLM's own request id."""
         self._ledger = Ledger(self._tell)
-        self._slots_used, self._held = [0] * len(self.sites), 0
+        self._slots_used, self._held = [0] * len(sites), 0
         self._names: dict[tuple[str, int], str] = {}
         """vLLM's own id by (the caller's id, index among n)."""
 
     @property
     def load(self) -> SlotLoad:
         """As of the last step that the engine told of."""
-        used = dict(zip(map(str, self.sites), self._slots_used, strict=True))
-        return SlotLoad(used, self.slots, self._held)
+        used = dict(zip(map(str, self.admission.sites), self._slots_used, strict=True))
+        return SlotLoad(used, self.admission.slots, self._held)
 
     def account(self, name: str, index: int = 0) -> Account | None:
         """The account of a request by the caller's id; None if it has no program."""
@@ -86,20 +84,17 @@ class Frontend:
             raise InvalidRequest("edits and read-outs need a prompt of tokens, not of embeddings")
         live, forced = bool(extra.get(LIVE)), int(extra.get(FORCED, 0))
         length = len(request.prompt_token_ids) - forced
-        program = parse(extra[KEY], self.dictionaries)
-        check(program, self.dictionaries)
-        program = program.resolve(length)
-        check_scopes(program, length, forced + (parameters.max_tokens or 1))
-        content = wire(program, self.dictionaries, self.sites, self.slots)
-        content["prompt_length"] = length
+        program = parse(extra[KEY], self.admission.dictionaries)
+        admitted = self.admission.admit(program, length)
+        check_scopes(admitted.program, length, forced + (parameters.max_tokens or 1))
         rest = {key: value for key, value in extra.items() if key not in _OWN}
         # vLLM gives several sequences of one request the same parameters.
         parameters = request.sampling_params = copy(parameters)
-        parameters.extra_args = {**rest, KEY: content}
-        self._see_to_cache(request, parameters, program, length, live)
+        parameters.extra_args = {**rest, KEY: {**admitted.content, "prompt_length": length}}
+        self._see_to_cache(request, parameters, admitted, length, live)
         self._forget_ended(known)
         ids = request.prompt_token_ids
-        account = Account(ids[:length], [program], token_ids=list(ids[length:]))
+        account = Account(ids[:length], [admitted.program], token_ids=list(ids[length:]))
         account.settle = self._ledger.settle
         account.wants_distribution = bool(extra.get(DISTRIBUTION))
         self.accounts[request.request_id] = account
@@ -118,15 +113,14 @@ class Frontend:
                 f"{at_index} is no index of a generated token; they count from 0", field="at_index"
             )
         vllm_id, account = self._live(name, "its edits cannot change")
-        check(program, self.dictionaries)
-        program = program.resolve(account.prompt_length)
-        content = wire(program, self.dictionaries, self.sites, self.slots)
-        programs = [*account.programs, program]
-        check_revisions(programs, self.dictionaries, self.sites, self.slots)
+        admitted = self.admission.admit(program, account.prompt_length)
+        programs = [*account.programs, admitted.program]
+        own = self.admission
+        check_revisions(programs, own.dictionaries, own.sites, own.slots)
         # Token 0 is drawn from the row of the prompt's last token.
         first = 0 if at_index is None else account.prompt_length - 1 + at_index
-        message = _message(content | {"update": vllm_id, "first": first})
-        return account.add_revision(program), message
+        message = _message({**admitted.content, "update": vllm_id, "first": first})
+        return account.add_revision(admitted.program), message
 
     def pause(self, name: str, paused: bool) -> EngineCoreRequest:
         """The message that pauses a request or lets it go on. InvalidRequest if there is none."""
@@ -174,13 +168,12 @@ class Frontend:
         self,
         request: EngineCoreRequest,
         parameters: SamplingParams,
-        program: Program,
+        admitted: Admitted,
         prompt_length: int,
         live: bool,
     ) -> None:
-        hashes = {name: stored.card.arithmetic for name, stored in self.dictionaries.items()}
-        nonce = uuid.uuid4().hex if live else ""
-        salt = program.cache_salt(hashes, prompt_length, nonce)
+        program, nonce = admitted.program, uuid.uuid4().hex if live else ""
+        salt = program.cache_salt(admitted.digest, prompt_length, nonce)
         if salt is not None:
             # The caller's own salt keeps apart what it kept apart.
             request.cache_salt = f"{request.cache_salt or ''}{salt}"

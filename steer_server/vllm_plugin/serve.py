@@ -77,7 +77,8 @@ def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str
     for entry in stored.values():
         check_model(entry.card, shape)
     frontend = Frontend(sites, slots)
-    frontend.dictionaries.update(stored)
+    for name, entry in stored.items():
+        frontend.admission.add(name, entry)
     _attach_to_next(lambda processor: _answer(processor, frontend))
     return config
 

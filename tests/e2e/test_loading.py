@@ -111,7 +111,7 @@ async def test_a_dictionary_comes_and_goes_while_another_generation_runs(
     assert wanted[0] != wanted[1], "the test could not tell them apart"
     assert missing.value.reason == "DICTIONARY_NOT_FOUND"
     assert all(event.activations[0].dictionary == "random" for event in more)
-    assert "guest" not in engine._frontend.dictionaries
+    assert "guest" not in engine._frontend.admission.dictionaries
 
 
 async def _answer(admin: admin_pb2_grpc.AdminServiceStub, _: str) -> None:

@@ -66,7 +66,7 @@ class Soak:
     def __init__(self, engine: VllmEngine, seed: int) -> None:
         self._engine = engine
         self._random = Random(seed)
-        self._names = list(engine._frontend.dictionaries)
+        self._names = list(engine._frontend.admission.dictionaries)
         self._sent = self.aborted = self.updated = self.refused = self.most_held = 0
 
     async def send(self, count: int) -> None:

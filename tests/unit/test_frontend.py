@@ -41,7 +41,7 @@ def test_an_account_closes_whole_after_its_request_was_forgotten() -> None:
     stored = small_dictionary()
     accounts: dict[str, Account] = {}
     frontend = Frontend([stored.card.site], 8, accounts.__setitem__)
-    frontend.dictionaries[NAME] = stored
+    frontend.admission.add(NAME, stored)
     frontend.admit(request("slow reader"), 0, {})
     # The second is of a request that nobody knows any more.
     for name in ("slow reader", "aborted"):

@@ -312,15 +312,21 @@ def test_a_program_with_more_features_than_slots_is_refused() -> None:
     assert len(wire(apart, DICTIONARIES, both, 1)["features"]) == 2
 
 
+def salt(
+    program: Program, hashes: dict[str, str], prompt_length: int, nonce: str = ""
+) -> str | None:
+    return program.cache_salt(program.digest(hashes), prompt_length, nonce)
+
+
 def test_equal_programs_share_a_salt_and_unequal_ones_do_not() -> None:
     hashes = {"a": "1", "b": "2"}
     one, two = FeatureEdit("a", Ablate(1)), FeatureEdit("b", Add(2, 1.0))
     tokens = Scope(token_ids=frozenset({5}))
 
-    assert Program().cache_salt(hashes, 9) is None
-    assert Program((), (ReadOut("a", top_k=1),)).cache_salt(hashes, 9) is None
+    assert salt(Program(), hashes, 9) is None
+    assert salt(Program((), (ReadOut("a", top_k=1),)), hashes, 9) is None
     salts = [
-        Program(chosen).cache_salt(hashes, 9)
+        salt(Program(chosen), hashes, 9)
         for chosen in (
             (one,),
             (two,),
@@ -335,15 +341,15 @@ def test_equal_programs_share_a_salt_and_unequal_ones_do_not() -> None:
         )
     ]
     assert len(set(salts)) == len(salts)
-    assert Program((two, one)).cache_salt(hashes, 9) == Program((one, two)).cache_salt(hashes, 9)
-    assert Program().cache_salt(hashes, 9, "n") != Program().cache_salt(hashes, 9, "m")
-    assert Program((one,)).cache_salt({"a": "other"}, 9) != salts[0]
+    assert salt(Program((two, one)), hashes, 9) == salt(Program((one, two)), hashes, 9)
+    assert salt(Program(), hashes, 9, "n") != salt(Program(), hashes, 9, "m")
+    assert salt(Program((one,)), {"a": "other"}, 9) != salts[0]
 
 
 def test_a_limit_that_is_kept_has_a_salt_of_its_own_and_one_that_only_counts_has_not() -> None:
     edits = (FeatureEdit("a", Ablate(1)),)
     salts = [
-        Program(edits, (), *limit).cache_salt({"a": "1"}, 9)
+        salt(Program(edits, (), *limit), {"a": "1"}, 9)
         for limit in (
             (None,),
             (0.5, Oversize.REJECT),
@@ -353,7 +359,7 @@ def test_a_limit_that_is_kept_has_a_salt_of_its_own_and_one_that_only_counts_has
     ]
 
     assert len(set(salts)) == len(salts)
-    assert Program(edits, (), 0.5, Oversize.WARN).cache_salt({"a": "1"}, 9) == salts[0]
+    assert salt(Program(edits, (), 0.5, Oversize.WARN), {"a": "1"}, 9) == salts[0]
 
 
 def test_the_prompt_s_length_counts_where_phases_do() -> None:
@@ -362,6 +368,6 @@ def test_the_prompt_s_length_counts_where_phases_do() -> None:
     alike = Program((FeatureEdit("a", Ablate(1)),))
     apart = Program((FeatureEdit("a", Ablate(1), Scope(prompt=False)),))
 
-    assert alike.cache_salt(hashes, 9) == alike.cache_salt(hashes, 20)
-    assert apart.cache_salt(hashes, 9) == apart.cache_salt(hashes, 9)
-    assert apart.cache_salt(hashes, 9) != apart.cache_salt(hashes, 20)
+    assert salt(alike, hashes, 9) == salt(alike, hashes, 20)
+    assert salt(apart, hashes, 9) == salt(apart, hashes, 9)
+    assert salt(apart, hashes, 9) != salt(apart, hashes, 20)
