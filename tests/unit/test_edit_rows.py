@@ -144,5 +144,7 @@ def test_it_is_for_few_edits_that_need_no_more_than_their_own_feature(
     ranked = Case(k=3)
     assert not ranked.suits(ranked.edits([(0, 9, 0)]))
     # Nine rows of five edits.
-    monkeypatch.setattr("steer_server.vllm_plugin.edit_rows._MOST_ENTRIES", 44)
-    assert not case.suits(case.edits([(0, 9, 0)]))
+    for entries, per_row, few in ((44, 0, False), (45, 0, True), (0, 4, False), (9, 4, True)):
+        monkeypatch.setattr("steer_server.vllm_plugin.edit_rows._MOST_ENTRIES", entries)
+        monkeypatch.setattr("steer_server.vllm_plugin.edit_rows._MOST_PER_ROW", per_row)
+        assert case.suits(case.edits([(0, 9, 0)])) is few
