@@ -92,7 +92,7 @@ class VllmEngine:
         self.d_model = int(config.get_hidden_size())
         self.self_test_passed = False
         self._model_config = model_shape(config.hf_text_config)
-        self._frontend = Frontend(settings.sites, settings.edit_slots, self._admitted)
+        self._frontend = Frontend(settings.sites, settings.edit_slots, self._opened)
         self._running: set[str] = set()
         self._accounts: dict[str, Account] = {}
         """Of the running generations with a program."""
@@ -281,7 +281,7 @@ class VllmEngine:
         except EngineDeadError as error:
             raise EngineUnavailable(_DEAD) from error
 
-    def _admitted(self, name: str, account: Account) -> None:
+    def _opened(self, name: str, account: Account) -> None:
         if name in self._running:
             self._accounts[name] = account
         if name in self._live:

@@ -40,14 +40,14 @@ class Frontend:
         self,
         sites: Sequence[Site],
         slots: int,
-        admitted: Callable[[str, Account], None] = lambda name, account: None,
+        opened: Callable[[str, Account], None] = lambda name, account: None,
     ) -> None:
-        """`admitted` gets the caller's id and the account of each request with a program that has come in.
+        """`opened` gets the caller's id and the account of each request with a program that has come in.
 
         Whoever needs the account to the end keeps it: here it is forgotten once vLLM is done with the request, which
         may be before the caller has read a single output.
         """
-        self._admitted = admitted
+        self._opened = opened
         self.admission = Admission(sites, slots)
         self.accounts: dict[str, Account] = {}
         """By vLLM's own request id."""
@@ -99,7 +99,7 @@ class Frontend:
         account.wants_distribution = bool(extra.get(DISTRIBUTION))
         self.accounts[request.request_id] = account
         self._names[name, index] = request.request_id
-        self._admitted(name, account)
+        self._opened(name, account)
 
     def update(
         self, name: str, program: Program, at_index: int | None = None
