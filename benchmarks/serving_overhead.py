@@ -21,7 +21,7 @@ import asyncio
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import own_time
@@ -51,8 +51,9 @@ class Workload(NamedTuple):
     tokens: int
 
 
-Case = Sequence[Program] | str
-"""A program for each request, in turn; or which engine runs the requests without any."""
+Case = Callable[[float], Sequence[Program]] | str
+"""A program for each request, in turn, with strengths that are larger by the share given, so that no edits were ever seen
+before; or which engine runs the requests without any."""
 PLAIN, SERVE = "plain", "serve"
 
 
@@ -62,24 +63,26 @@ def cases() -> dict[str, Case]:
     return {
         "null": PLAIN,
         "serve_idle": SERVE,
-        "idle": [Program()],
-        "edit1": [Program(edits(1))],
-        "edit16": [Program(edits(16))],
-        "scale16": [Program(scales(16))],
-        "readout32": [Program((), read_out)],
-        "edit16_readout32": [Program(edits(16), read_out)],
+        "idle": lambda more: [Program()],
+        "edit1": lambda more: [Program(edits(1, more))],
+        "edit16": lambda more: [Program(edits(16, more))],
+        "scale16": lambda more: [Program(scales(16, more))],
+        "readout32": lambda more: [Program((), read_out)],
+        "edit16_readout32": lambda more: [Program(edits(16, more), read_out)],
     }
 
 
-def edits(count: int, first: int = 0) -> tuple[FeatureEdit, ...]:
+def edits(count: int, more: float, first: int = 0) -> tuple[FeatureEdit, ...]:
+    share = 0.01 * (1 + more)
     return tuple(
-        FeatureEdit(NAME, AddRelative(feature, 0.01)) for feature in range(first, first + count)
+        FeatureEdit(NAME, AddRelative(feature, share)) for feature in range(first, first + count)
     )
 
 
-def scales(count: int) -> tuple[FeatureEdit, ...]:
+def scales(count: int, more: float) -> tuple[FeatureEdit, ...]:
     """What adds, as `edits` do, need not know how active its feature is; these do."""
-    return tuple(FeatureEdit(NAME, Scale(feature, 1.001)) for feature in range(count))
+    factor = 1 + 0.001 * (1 + more)
+    return tuple(FeatureEdit(NAME, Scale(feature, factor)) for feature in range(count))
 
 
 LOADS = {
@@ -92,8 +95,8 @@ LOADS = {
         # Each request edits other features by other strengths.
         {
             "null": PLAIN,
-            "idle": [Program()],
-            "programs64": [Program(edits(4, 4 * number)) for number in range(64)],
+            "idle": lambda more: [Program()],
+            "programs64": lambda more: [Program(edits(4, more, 4 * n)) for n in range(64)],
         },
     ),
 }
@@ -135,8 +138,11 @@ class Bench:
             async for _ in self.steer.generate(generation):
                 pass
 
-        # Each request brings a program of its own, as it comes from a client.
-        asked = [from_json(to_json(case[number % len(case)])) for number in range(load.requests)]
+        # Each request brings a program of its own, as it comes from a client, equal to others of this batch at most.
+        programs = case(1e-4 * self.count)
+        asked = [
+            from_json(to_json(programs[number % len(programs)])) for number in range(load.requests)
+        ]
         return await _timed([one(program) for program in asked])
 
     async def ratios(

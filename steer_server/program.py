@@ -311,7 +311,7 @@ class Program:
         return read | {name for name, _ in self.features}
 
     def digest(self, hashes: Mapping[str, str]) -> str:
-        """The same for equal edits only, in whatever order they came; positions are absolute.
+        """The same only for equal edits under an equal limit, in whatever order they came; positions are absolute.
 
         `hashes` maps dictionary names to `Card.arithmetic`.
         """
@@ -322,7 +322,7 @@ class Program:
         return _hash(content)
 
     def cache_salt(self, digest: str, prompt_length: int, nonce: str = "") -> str | None:
-        """Names the KV blocks that requests with these edits, whose `digest` it is, may share; None without edits.
+        """Names the KV blocks that requests with this `digest` may share; None without edits.
 
         Where an edit tells the phases apart, a token that one request generated and the next one has in its prompt is
         not the same, so the prompt's length counts, too.

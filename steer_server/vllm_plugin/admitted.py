@@ -9,8 +9,8 @@ from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
 from steer_server.program import Program
 
-_KEPT = 128
-"""Programs that are remembered; one of 1,024 edits, the most there may be, takes over half a megabyte."""
+_KEPT, _LONGEST = 128, 16_384
+"""Programs that are remembered, and characters of the JSON of one, so that not even all of them take much memory."""
 
 
 class Admitted(NamedTuple):
@@ -53,9 +53,9 @@ class Admission:
             content = wire(resolved, self._dictionaries, self.sites, self.slots)
             hashes = {name: stored.card.arithmetic for name, stored in self._dictionaries.items()}
             found = Admitted(resolved, content, resolved.digest(hashes))
-            # Else it is another program for each length of a prompt.
-            if resolved is program:
+            # With relative positions it is another program for each length of a prompt.
+            if resolved is program and len(content["program"]) <= _LONGEST:
                 if len(self._known) == _KEPT:
-                    self._known.clear()
+                    del self._known[next(iter(self._known))]
                 self._known[program] = found
         return found

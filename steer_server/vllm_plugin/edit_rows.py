@@ -18,8 +18,8 @@ from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.site_edits import Outcome, SiteEdits
 
 _MOST_ROWS, _MOST_ENTRIES, _MOST_PER_ROW = 512, 4096, 8
-"""Up to so many rows, and entries of all rows together, it is faster than dense products, which share their rows among
-threads; and up to so many entries more for each row, of which those make several tables."""
+"""Up to so many rows, and so many entries of all rows together and `_MOST_PER_ROW` for each row besides, it is faster than
+dense products: those share the arithmetic among threads, but write several tables of the rows."""
 
 
 class RowPlan:

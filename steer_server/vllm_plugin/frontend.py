@@ -115,8 +115,8 @@ class Frontend:
         vllm_id, account = self._live(name, "its edits cannot change")
         admitted = self.admission.admit(program, account.prompt_length)
         programs = [*account.programs, admitted.program]
-        own = self.admission
-        check_revisions(programs, own.dictionaries, own.sites, own.slots)
+        admission = self.admission
+        check_revisions(programs, admission.dictionaries, admission.sites, admission.slots)
         # Token 0 is drawn from the row of the prompt's last token.
         first = 0 if at_index is None else account.prompt_length - 1 + at_index
         message = _message({**admitted.content, "update": vllm_id, "first": first})

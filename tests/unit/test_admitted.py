@@ -73,6 +73,10 @@ def test_another_dictionary_of_the_name_is_another_matter(admission: Admission) 
         admission.admit(known, 4)
     admission.add(NAME, of_width(LAST + 2))
     assert admission.admit(known, 4).digest != first.digest
+    # In place of the one that is there.
+    admission.add(NAME, of_width(LAST))
+    with pytest.raises(UnknownFeature):
+        admission.admit(known, 4)
 
 
 def test_not_all_that_ever_came_is_remembered(
@@ -83,7 +87,18 @@ def test_not_all_that_ever_came_is_remembered(
     for feature in (1, 2, 3):
         admission.admit(program(Ablate(feature)), 4)
 
-    assert len(admission._known) <= 2
+    assert list(admission._known) == [program(Ablate(2)), program(Ablate(3))]
     again = admission.admit(program(Ablate(0)), 4)
     assert again is not first
     assert again.content == first.content
+
+
+def test_a_long_program_is_not_remembered(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = len(admission.admit(program(Ablate(0)), 4).content["program"])
+    monkeypatch.setattr(admitted, "_LONGEST", length)
+    admission.admit(program(Ablate(1)), 4)
+    admission.admit(program(Ablate(10)), 4)
+
+    assert list(admission._known) == [program(Ablate(0)), program(Ablate(1))]

@@ -5,7 +5,7 @@ from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from steer_server.dictionary.edits import Ablate
-from steer_server.program import FeatureEdit, Program
+from steer_server.program import EVERYWHERE, FeatureEdit, Program, Scope
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.frontend import Frontend
@@ -14,11 +14,11 @@ from steer_server.vllm_plugin.report import EditBlock, EditRuns, StepReport
 from tests.unit.serving import NAME, small_dictionary
 
 
-def request(name: str) -> EngineCoreRequest:
-    program = Program((FeatureEdit(NAME, Ablate(1)),))
+def request(name: str, length: int = 4, scope: Scope = EVERYWHERE) -> EngineCoreRequest:
+    program = Program((FeatureEdit(NAME, Ablate(1), scope),))
     return EngineCoreRequest(
         request_id=name,
-        prompt_token_ids=[5, 6, 7, 8],
+        prompt_token_ids=list(range(5, 5 + length)),
         mm_features=None,
         sampling_params=SamplingParams(max_tokens=4, extra_args={KEY: program}),
         pooling_params=None,
@@ -54,6 +54,20 @@ def test_an_account_closes_whole_after_its_request_was_forgotten() -> None:
     (edit,) = accounts["slow reader"].close()
     assert (edit.tokens_in_scope, edit.tokens_changed) == (3, 2)
     assert np.isclose(edit.mean_relative_size, 0.5 / 3)
+
+
+def test_equal_programs_of_prompts_of_two_lengths_share_nothing_that_depends_on_it() -> None:
+    stored = small_dictionary()
+    frontend = Frontend([stored.card.site], 8)
+    frontend.admission.add(NAME, stored)
+    short, long = (request(f"{n}", n, Scope(prompt=False)) for n in (4, 9))
+    for one in (short, long):
+        frontend.admit(one, 0, {"4": None, "9": None})
+
+    brought = [one.sampling_params.extra_args[KEY] for one in (short, long) if one.sampling_params]
+    assert [content["prompt_length"] for content in brought] == [4, 9]
+    assert brought[0]["program"] is brought[1]["program"]
+    assert short.cache_salt != long.cache_salt
 
 
 def test_vllm_does_not_copy_a_program_for_each_request() -> None:
