@@ -138,7 +138,8 @@ class Bench:
             async for _ in self.steer.generate(generation):
                 pass
 
-        # Each request brings a program of its own, as it comes from a client, equal to others of this batch at most.
+        # Each request brings an object of its own, as it comes from a client. Programs with edits are equal to others of
+        # this batch at most; those without are equal in every batch.
         programs = case(1e-4 * self.count)
         asked = [
             from_json(to_json(programs[number % len(programs)])) for number in range(load.requests)
