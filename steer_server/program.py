@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
@@ -341,5 +341,5 @@ def _canonical(entry: FeatureEdit, hashes: Mapping[str, str]) -> list[Any]:
     """Any two can be put in order: those of one kind have values of the same types."""
     edit, when = entry.edit, entry.when
     condition = "" if when is None else f"{hashes[when.dictionary]} {when.feature} {when.above!r}"
-    kind, values = type(edit).__name__, vars(edit).values()
+    kind, values = type(edit).__name__, (getattr(edit, field.name) for field in fields(edit))
     return [hashes[entry.dictionary], kind, *values, condition, entry.scope.canonical]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,11 @@ class Patch:
     values: tuple[tuple[int, float], ...]
     """(position, activation), each position once; negative ones count from the prompt's end."""
 
+    @cached_property
+    def by_position(self) -> dict[int, float]:
+        """`values` to look up in, because each row of a prompt does."""
+        return dict(self.values)
+
 
 Edit = Ablate | Clamp | Scale | Add | AddRelative | Limit | Patch
 
@@ -103,8 +109,8 @@ def coefficients(edit: Edit, position: int = 0) -> Coefficients:
             pass
         case Limit(_, low, high):
             pass
-        case Patch(_, values):
-            gain, offset = -1.0, dict(values)[position]
+        case Patch():
+            gain, offset = -1.0, edit.by_position[position]
     return Coefficients(gain, offset, share, low, high)
 
 
@@ -159,7 +165,7 @@ def edit_delta(
 
 
 def _at(edit: Edit, position: int) -> Coefficients:
-    if isinstance(edit, Patch) and position not in dict(edit.values):
+    if isinstance(edit, Patch) and position not in edit.by_position:
         return coefficients(Add(edit.feature, 0.0))
     return coefficients(edit, position)
 

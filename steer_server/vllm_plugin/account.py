@@ -1,5 +1,6 @@
 """The front-end's account of one generation: what came back from the worker, and whether it is all there."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,8 @@ class Account:
     """Makes the ledger hand over what it has."""
     _skipped: list[tuple[int, int]] = field(default_factory=list)
     """Runs of positions taken from the prefix cache."""
+    _trusted: float = math.inf
+    """None of them may be at this position or behind it."""
     _result: StepResult | None = None
     _totals: dict[int, list[_Total]] = field(default_factory=dict)
     """By revision, then by edit."""
@@ -62,6 +65,16 @@ class Account:
             self._result = StepResult()
         return self._result
 
+    @property
+    def cached(self) -> int:
+        """The position behind the last one taken from the prefix cache; 0 if none was."""
+        pending = self._result.skipped if self._result else ()
+        return max((stop for _, stop in (*self._skipped, *pending)), default=0)
+
+    def distrust(self, first: int) -> None:
+        """An equal request failed by its edits: from `first` on the prefix cache may hold rows that they left alone."""
+        self._trusted = min(self._trusted, first)
+
     def take(self) -> StepResult | None:
         """What came since the last call, entered into the account. EditNotApplied if the worker says so."""
         result, self._result = self._result, None
@@ -74,6 +87,7 @@ class Account:
             self._skipped += result.skipped
             for revision, position in result.applied:
                 self.starts[revision] = position
+            self._check_cached()
         return result
 
     def enter(self, tally: EditTally) -> None:
@@ -100,6 +114,7 @@ class Account:
         Rows from the prefix cache are not computed anew; the last generated token is never read by the model.
         """
         self.settle()
+        self._check_cached()
         last_row = self.prompt_length + len(self.token_ids) - 1
         held = [revision for revision, start in enumerate(self.starts) if start is not None]
         reports = []
@@ -132,6 +147,13 @@ class Account:
             for index in indices:
                 expected[index] = rows
         return expected
+
+    def _check_cached(self) -> None:
+        if self.cached > self._trusted:
+            raise EditNotApplied(
+                "rows came from the prefix cache, where an equal request put them that failed by its edits at the "
+                "same time; send this one again"
+            )
 
     def _computed(self, run: tuple[int, int]) -> int:
         """How many positions of [first, last) the prefix cache did not hold."""

@@ -23,6 +23,7 @@ from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.admitted import Admission, Admitted
 from steer_server.vllm_plugin.ledger import EditTally, Ledger
 from steer_server.vllm_plugin.report import StepReport, StepResult
+from steer_server.vllm_plugin.salts import Salts
 
 LIVE = "steer_live"
 """In `extra_args` beside the program of a request that may be updated while it runs."""
@@ -52,6 +53,7 @@ class Frontend:
         self.accounts: dict[str, Account] = {}
         """By vLLM's own request id."""
         self._ledger = Ledger(self._tell)
+        self._salts = Salts()
         self._slots_used, self._held = [0] * len(sites), 0
         self._names: dict[tuple[str, int], str] = {}
         """vLLM's own id by (the caller's id, index among n)."""
@@ -153,11 +155,21 @@ class Frontend:
         for report in map(StepReport.from_wire, content["reports"]):
             self._ledger.enter(report)
             report.deliver(self._result)
+            for request, _ in (*report.errors, *report.too_large):
+                self._distrust(report.requests[request])
 
     def _result(self, vllm_id: str) -> StepResult:
         """What the request gathers; if it has ended, nobody reads it."""
         account = self.accounts.get(vllm_id)
         return StepResult() if account is None else account.result
+
+    def _distrust(self, vllm_id: str) -> None:
+        """A row of the request was left unedited, and others may have its KV blocks already."""
+        account = self.accounts.get(vllm_id)
+        # What it took from the cache itself was there before.
+        first = account.cached if account else 0
+        for other in self._salts.spoil(vllm_id):
+            self.accounts[other].distrust(first)
 
     def _tell(self, vllm_id: str, tally: EditTally) -> None:
         account = self.accounts.get(vllm_id)
@@ -176,7 +188,8 @@ class Frontend:
         salt = program.cache_salt(admitted.digest, prompt_length, nonce)
         if salt is not None:
             # The caller's own salt keeps apart what it kept apart.
-            request.cache_salt = f"{request.cache_salt or ''}{salt}"
+            key = f"{request.cache_salt or ''}{salt}"
+            request.cache_salt = self._salts.give(request.request_id, key)
         if any(entry.prompt and entry.complete for entry in program.read_outs):
             # Cached prompt tokens are never computed, so they could not be read.
             parameters.skip_reading_prefix_cache = True
@@ -187,6 +200,7 @@ class Frontend:
             return
         # Who holds such an account may not have closed it yet.
         self._ledger.settle()
+        self._salts.end(ended)
         for vllm_id in ended:
             del self.accounts[vllm_id]
         self._names = {key: vllm_id for key, vllm_id in self._names.items() if vllm_id not in ended}

@@ -1,7 +1,7 @@
 """What the rows of a batch are to do: made when the batch or a program changes, kept while neither does.
 
 A decoding batch goes on for many steps with the same requests, each one position further on. Then a step costs a
-few comparisons of arrays, and no loop over requests.
+few comparisons of arrays, and no loop over requests, unless an edit depends on the token read.
 """
 
 from collections.abc import Callable, Mapping, Sequence

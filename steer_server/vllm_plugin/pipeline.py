@@ -30,16 +30,23 @@ def relay(runner: Any, end_pass: Callable[[], Any], arrived: Results) -> Callabl
     speaks = get_tp_group().rank_in_group == 0
 
     @functools.wraps(execute)
-    def execute_model(scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+    def execute_model(
+        scheduler_output: Any, intermediate_tensors: Any = None, *rest: Any, **named: Any
+    ) -> Any:
+        if named.get("dummy_run"):
+            # The V2 runner warms up through here.
+            return execute(scheduler_output, intermediate_tensors, *rest, **named)
         arrived.clear()
         if intermediate_tensors is not None:
             # The runner copies every tensor it is given into a buffer of the same name, so ours must not reach it.
             packed = intermediate_tensors.tensors.pop(_NAME, None)
             if packed is not None:
                 arrived.extend(unpack(packed))
-        output = execute(scheduler_output, intermediate_tensors)
+        output = execute(scheduler_output, intermediate_tensors, *rest, **named)
         if sends and scheduler_output.total_num_scheduled_tokens:
             own = end_pass()
+            # A replayed CUDA graph returns the tensors of the step before, with what was added to them.
+            output.tensors.pop(_NAME, None)
             if speaks and (own or arrived):
                 parts = [*arrived, own] if own else arrived
                 output.tensors[_NAME] = pack(parts, get_tp_group().world_size)

@@ -25,8 +25,8 @@ Update = tuple[str, int]
 class _Steering:
     """Mixed in before one of vLLM's schedulers.
 
-    A request whose features find no free slot is held back, in order of arrival, until others have ended: it waits
-    like one that finds no KV blocks. Updates reach every worker with the same step. A paused request is preempted, and
+    A request whose features find no free slot is held back, and those with features that come after it, until others
+    have ended: it waits like one that finds no KV blocks. Updates reach every worker with the same step. A paused request is preempted, and
     kept out of vLLM's queues until it goes on.
     """
 
@@ -62,9 +62,12 @@ class _Steering:
                 self._pausing.add(content["pause"])
             else:
                 self._resume(content["pause"])
-        else:
+        elif content["features"]:
             self._held.append(request)
             self._admit_held()
+        else:
+            # A read-out needs no slots, and waits for none.
+            self._admit(request, content)
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -133,8 +136,11 @@ class _Steering:
             if not self._acquire(content):
                 return
             self._held.popleft()
-            self._contents[request.request_id] = [content]
-            super().add_request(request)  # type: ignore[misc]
+            self._admit(request, content)
+
+    def _admit(self, request: Request, content: Content) -> None:
+        self._contents[request.request_id] = [content]
+        super().add_request(request)  # type: ignore[misc]
 
     def _due(self, scheduled: dict[str, int]) -> dict[str, list[Update]]:
         """The updates that take hold in the step that was just scheduled."""
@@ -143,10 +149,8 @@ class _Steering:
             queue = self._updates[request_id]
             # vLLM counts the step's tokens as computed already, those under way and not yet known included.
             stop = self.requests[request_id].num_computed_tokens
-            while (number := _first_due(queue, stop)) is not None:
+            while (number := self._next_due(queue, stop)) is not None:
                 content = queue[number]
-                if not self._acquire(content):
-                    break
                 for _ in range(number + 1):
                     queue.popleft()
                 self._contents[request_id].append(content)
@@ -157,6 +161,16 @@ class _Steering:
             if not queue:
                 del self._updates[request_id]
         return due
+
+    def _next_due(self, queue: Iterable[Content], stop: int) -> int | None:
+        """Which update is the first that may hold at a position before `stop` and finds its slots, which it then has.
+
+        One that takes fewer features out of a program, or all, does not wait for one before it that asks for more.
+        """
+        for number, content in enumerate(queue):
+            if content["first"] < stop and self._acquire(content):
+                return number
+        return None
 
     def _pause(self) -> None:
         """Takes what is to pause out of vLLM's queues, between two steps."""
@@ -204,12 +218,6 @@ class _Steering:
             self._paused.pop(request_id, None)
         if ended:
             self._admit_held()
-
-
-def _first_due(queue: Iterable[Content], stop: int) -> int | None:
-    """Which update is the first to hold at a position before `stop`."""
-    due = (number for number, content in enumerate(queue) if content["first"] < stop)
-    return next(due, None)
 
 
 def _queues(scheduler: Any) -> list[Any]:

@@ -49,6 +49,12 @@ def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str
     worker = WORKERS.get(current_platform.device_type)
     if worker is None:
         raise UnsupportedVllm(f"vLLM's platform {current_platform.device_type!r} is not served")
+    for name in ("worker_cls", "scheduler_cls"):
+        chosen = getattr(arguments, name)
+        if chosen != getattr(type(arguments), name):
+            raise UnsupportedVllm(
+                f"{name} is {chosen!r}, and edits need one of their own; leave one out"
+            )
     own = {
         "worker_cls": worker,
         "scheduler_cls": "steer_server.vllm_plugin.scheduler.scheduler",

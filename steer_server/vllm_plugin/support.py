@@ -20,6 +20,8 @@ def check_supported(config: Any) -> None:
         )
     parallel = config.parallel_config
     refused = {
+        # Rows computed elsewhere were not edited here, and a connector need not tell salts apart.
+        "KV connectors (--kv-transfer-config)": config.kv_transfer_config is not None,
         # A draft that is rejected would have been edited, counted and reported.
         "speculative decoding": config.speculative_config is not None,
         # An update would have to find the engine that has its request.

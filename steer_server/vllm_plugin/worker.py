@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vllm.config import CompilationMode
 from vllm.distributed import get_pp_group, get_tp_group
 
 from steer_server.dictionary.files import StoredDictionary
@@ -72,8 +73,10 @@ class SteerWorker:
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        # A CPU engine that compiles nothing is not warmed up either.
+        compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
         for number in self.steer_sites:
-            if self.steer.op_calls[number] == 0 and not self.model_config.enforce_eager:
+            if compiled and self.steer.op_calls[number] == 0:
                 raise EditNotApplied(
                     f"the warm-up of the compiled model never called the op of site number {number}"
                 )

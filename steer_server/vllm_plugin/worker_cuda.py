@@ -6,4 +6,4 @@ from steer_server.vllm_plugin.worker import SteerWorker
 
 
 class SteerGPUWorker(SteerWorker, Worker):
-    """For CUDA, without CUDA graphs."""
+    """For CUDA."""

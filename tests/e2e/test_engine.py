@@ -10,9 +10,10 @@ import pytest
 
 from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Edit, Scale
 from steer_server.engine import VllmEngine
-from steer_server.errors import DictionaryNotFound, EditTooLarge, InvalidRequest
+from steer_server.errors import DictionaryNotFound, EditNotApplied, EditTooLarge, InvalidRequest
 from steer_server.generation import FinishReason, Generation, RevisionApplied, Sampling
 from steer_server.program import FeatureEdit, Oversize, Program, ReadOut, Scope
+from tests.conftest import SITE
 from tests.e2e.helpers import IOI, TEXTS, Outcome, program, run, tokens_of
 from tests.e2e.reference import Completion, Reference
 
@@ -193,7 +194,7 @@ async def test_the_prefix_cache_never_mixes_programs(
     engine: VllmEngine, reference: Reference, plain_first: bool
 ) -> None:
     words = "odd" if plain_first else "even"
-    prompt = engine.tokenizer.encode(" ".join(f"{words} number {n};" for n in range(50)))[:200]
+    prompt = engine.tokenizer.encode(" ".join(f"{words} number {n};" for n in range(80)))[:300]
     edits = (AddRelative(9, 0.4),)
     expected = {
         "plain": reference.generate(prompt, 16, from_one(())),
@@ -210,7 +211,30 @@ async def test_the_prefix_cache_never_mixes_programs(
     for key, outcome in outcomes:
         assert_same(outcome, expected[key])
     cached = [outcome.finish.cached_tokens for _, outcome in outcomes if outcome.finish]
-    assert cached == [0, 0, 128, 128]
+    assert cached == [0, 0, 256, 256]
+
+
+async def test_an_edit_that_was_refused_is_refused_again_though_its_rows_are_cached(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    """One row of the first block goes past the limit. vLLM gives that block away before the row is computed."""
+    prompt = engine.tokenizer.encode(" ".join(f"limit number {n};" for n in range(80)))[:300]
+    edit = FeatureEdit("random", AddRelative(9, 0.5), Scope(positions=frozenset({50})))
+    narrow = Program((edit,), max_relative_size=0.3)
+
+    at_once = await asyncio.gather(
+        *(run(engine, f"at once {i}", prompt, narrow, tokens=2) for i in range(3)),
+        return_exceptions=True,
+    )
+    for again in range(2):
+        with pytest.raises(EditTooLarge, match="at position 50"):
+            await run(engine, f"again {again}", prompt, narrow, tokens=2)
+
+    assert any(isinstance(found, EditTooLarge) for found in at_once)
+    assert all(isinstance(found, EditTooLarge | EditNotApplied) for found in at_once), at_once
+    wide = await run(engine, "wide", prompt, replace(narrow, max_relative_size=1.0))
+    expected = reference.generate(prompt, 16, lambda p: (edit.edit,) if p == 50 else ())
+    assert_same(wide, expected)
 
 
 @pytest.mark.parametrize("text", [" ".join(TEXTS), TEXTS[1]], ids=["long", "short"])
@@ -439,3 +463,26 @@ async def test_the_self_test_passes_and_the_model_calls_the_op_once_a_step(
     await run(engine, "steps", engine.tokenizer.encode(IOI), tokens=10)
 
     assert await engine.op_calls() == [before[0] + 10]
+
+
+async def test_the_self_test_fails_if_what_is_read_is_not_what_was_written(
+    engine: VllmEngine,
+) -> None:
+    # Unlike the sentinel's, a random feature's encoder does not read what its decoder has written.
+    with pytest.raises(EditNotApplied, match=r"50\.0 was written at resid_post\..* was read there"):
+        await engine._test_site("random", SITE)
+
+
+async def test_the_self_test_fails_if_the_output_does_not_change(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = engine._first_token
+
+    async def deaf(program: Program) -> tuple[float, dict[int, list[float]]]:
+        _, found = await ask(program)
+        return -1.0, found
+
+    monkeypatch.setattr(engine, "_first_token", deaf)
+
+    with pytest.raises(EditNotApplied, match="did not reach the output: log-probability -1"):
+        await engine.self_test()

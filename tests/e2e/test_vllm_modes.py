@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
 HERE = Path(__file__).parent
 ENGINE = "tests/e2e/test_engine.py"
+PARALLEL = "tests/e2e/test_parallel.py"
 COMPILED = "tests/e2e/test_compiled.py"
 PROPERTY = "tests/e2e/test_property.py"
 
@@ -32,6 +33,7 @@ V2 = "hook[add] or hook[clamp] or tokens[short]"
         pytest.param("v2,async", [ENGINE], marks=pytest.mark.nightly),
         pytest.param("kernels", [ENGINE], marks=pytest.mark.nightly),
         pytest.param("v2", [ENGINE], marks=pytest.mark.nightly),
+        pytest.param("v2", [PARALLEL], marks=pytest.mark.nightly),
     ],
 )
 def test_the_engine_is_right_in_vllms_gpu_modes(modes: str, tests: list[str]) -> None:

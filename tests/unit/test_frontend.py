@@ -1,10 +1,12 @@
 """What the front-end keeps of requests that vLLM is done with."""
 
 import numpy as np
+import pytest
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from steer_server.dictionary.edits import Ablate
+from steer_server.errors import EditNotApplied, EditTooLarge
 from steer_server.program import EVERYWHERE, FeatureEdit, Program, Scope
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
@@ -68,6 +70,71 @@ def test_equal_programs_of_prompts_of_two_lengths_share_nothing_that_depends_on_
     assert [content["prompt_length"] for content in brought] == [4, 9]
     assert brought[0]["program"] is brought[1]["program"]
     assert short.cache_salt != long.cache_salt
+
+
+@pytest.mark.parametrize("failure", ["errors", "too_large"])
+def test_rows_that_a_failed_request_left_in_the_cache_are_taken_by_no_equal_one(
+    failure: str,
+) -> None:
+    stored = small_dictionary()
+    accounts: dict[str, Account] = {}
+    frontend = Frontend([stored.card.site], 8, accounts.__setitem__)
+    frontend.admission.add(NAME, stored)
+    names = ("fails", "took its rows", "took older rows", "took none")
+    sent = {name: request(name, 8) for name in names}
+    for one in sent.values():
+        frontend.admit(one, 0, dict.fromkeys(names))
+    # Where the failed one computed rows itself, it had two from the cache.
+    skipped = [(0, 0, 2), (1, 0, 6), (2, 0, 2)]
+    step = StepReport(list(names), skipped=skipped, **{failure: [(0, "why")]})
+    frontend._enter({"load": ([1], 0), "reports": [step.to_wire()]})
+
+    with pytest.raises(EditNotApplied if failure == "errors" else EditTooLarge, match="why"):
+        accounts["fails"].take()
+    with pytest.raises(EditNotApplied, match="from the prefix cache"):
+        accounts["took its rows"].take()
+    accounts["took older rows"].take()
+    # A preemption may make it take rows later.
+    again = StepReport(["took none"], skipped=[(0, 0, 6)])
+    frontend._enter({"load": ([1], 0), "reports": [again.to_wire()]})
+    with pytest.raises(EditNotApplied, match="from the prefix cache"):
+        accounts["took none"].take()
+    with pytest.raises(EditNotApplied, match="from the prefix cache"):
+        accounts["took none"].close()
+    late = request("late", 8)
+    frontend.admit(late, 0, dict.fromkeys((*names, "late")))
+    assert late.cache_salt != sent["fails"].cache_salt
+    assert sent["took none"].cache_salt == sent["fails"].cache_salt
+
+
+def test_the_late_report_of_an_aborted_request_counts_for_the_cache_too() -> None:
+    stored = small_dictionary()
+    accounts: dict[str, Account] = {}
+    frontend = Frontend([stored.card.site], 8, accounts.__setitem__)
+    frontend.admission.add(NAME, stored)
+    frontend.admit(request("aborted", 8), 0, {})
+    frontend.admit(request("equal", 8), 0, {"equal": None})
+    assert list(frontend.accounts) == ["equal"]
+    step = StepReport(["aborted", "equal"], skipped=[(1, 0, 6)], too_large=[(0, "why")])
+    frontend._enter({"load": ([1], 0), "reports": [step.to_wire()]})
+
+    with pytest.raises(EditNotApplied, match="from the prefix cache"):
+        accounts["equal"].take()
+
+
+def test_a_callers_own_salt_cannot_name_the_blocks_of_a_program() -> None:
+    stored = small_dictionary()
+    program = Program((FeatureEdit(NAME, Ablate(1)),))
+    known = program.cache_salt(program.digest({NAME: stored.card.arithmetic}), 4)
+    frontend = Frontend([stored.card.site], 8)
+    frontend.admission.add(NAME, stored)
+    victim = request("victim", 4, Scope())
+    frontend.admit(victim, 0, {})
+
+    assert known is not None
+    assert victim.cache_salt is not None
+    assert victim.cache_salt.startswith(known)
+    assert len(victim.cache_salt) - len(known) == 32
 
 
 def test_vllm_does_not_copy_a_program_for_each_request() -> None:

@@ -346,6 +346,16 @@ def test_equal_programs_share_a_salt_and_unequal_ones_do_not() -> None:
     assert salt(Program((one,)), {"a": "other"}, 9) != salts[0]
 
 
+def test_a_programs_digest_does_not_depend_on_what_was_looked_up_in_it() -> None:
+    edit = Patch(1, ((2, 1.0), (3, 4.0)))
+    program = Program((FeatureEdit("a", edit),))
+    before = program.digest({"a": "1"})
+
+    assert edit.by_position == {2: 1.0, 3: 4.0}
+    assert program.digest({"a": "1"}) == before
+    assert program == Program((FeatureEdit("a", Patch(1, edit.values)),))
+
+
 def test_a_limit_that_is_kept_has_a_salt_of_its_own_and_one_that_only_counts_has_not() -> None:
     edits = (FeatureEdit("a", Ablate(1)),)
     salts = [

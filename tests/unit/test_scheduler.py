@@ -208,6 +208,44 @@ def test_a_later_update_that_is_due_takes_the_place_of_one_that_waits(engine: En
     assert engine.revisions["a"] == [0] * 4 + [2] * 8
 
 
+def test_an_update_that_finds_its_slots_does_not_wait_for_one_before_it_that_finds_none(
+    engine: Engine,
+) -> None:
+    engine.add("a", tokens=12, features=[0, 1])
+    engine.add("b", tokens=40, features=[2, 3])
+    engine.run({"a": 3, "b": 3})
+    engine.update("a", features=[4])
+    engine.run({"a": 6})
+    assert engine.scheduler._waiting == 1
+    engine.update("a", features=[])
+    engine.run({"a": 12})
+
+    (first, second) = engine.applied["a"]
+    assert (first[0], second[0]) == (1, 2)
+    # The one that waited never holds.
+    assert first[1] == second[1] <= 8
+    assert engine.revisions["a"] == [0] * first[1] + [2] * (12 - first[1])
+    assert engine.scheduler._waiting == 0
+    engine.run()
+    assert engine.scheduler._slots[0].used == 0
+
+
+def test_a_request_without_edits_does_not_wait_behind_one_that_waits_for_slots(
+    engine: Engine,
+) -> None:
+    engine.add("a", tokens=40, features=[0, 1, 2])
+    engine.add("b", features=[3, 4])
+    engine.add("c", features=[3])
+    engine.add("d")
+    engine.run({"d": 12})
+
+    assert len(engine.tokens["a"]) < 40
+    # The small one does not pass the big one, which would starve.
+    assert engine.tokens["b"] == engine.tokens["c"] == []
+    engine.run()
+    assert len(engine.tokens["b"]) == len(engine.tokens["c"]) == 12
+
+
 def test_an_update_whose_token_never_comes_waits_for_no_slots(engine: Engine) -> None:
     engine.add("a", features=[0])
     engine.update("a", 99, features=[1])
