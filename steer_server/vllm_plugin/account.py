@@ -1,11 +1,10 @@
 """The front-end's account of one generation: what came back from the worker, and whether it is all there."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steer_server.errors import EditNotApplied, EditTooLarge
+from steer_server.errors import EditNotApplied, EditTooLarge, SteerError
 from steer_server.generation import EditReport, RevisionApplied
 from steer_server.program import Program
 from steer_server.vllm_plugin.ledger import EditTally
@@ -40,10 +39,12 @@ class Account:
     """vLLM's LogprobsLists of the one token generated."""
     settle: Callable[[], None] = lambda: None
     """Makes the ledger hand over what it has."""
+    unedited: Callable[[int, SteerError], None] = lambda position, error: None
+    """Hears of the row from which on edits were missed, if that shows in the sum only."""
     _skipped: list[tuple[int, int]] = field(default_factory=list)
     """Runs of positions taken from the prefix cache."""
-    _trusted: float = math.inf
-    """None of them may be at this position or behind it."""
+    _distrusted: tuple[int, SteerError] | None = None
+    """Who took the row at this position from there, or one behind it, fails with the error."""
     _result: StepResult | None = None
     _totals: dict[int, list[_Total]] = field(default_factory=dict)
     """By revision, then by edit."""
@@ -65,29 +66,29 @@ class Account:
             self._result = StepResult()
         return self._result
 
-    @property
-    def cached(self) -> int:
-        """The position behind the last one taken from the prefix cache; 0 if none was."""
-        pending = self._result.skipped if self._result else ()
-        return max((stop for _, stop in (*self._skipped, *pending)), default=0)
+    def tokens(self, first: int, stop: int) -> list[int]:
+        """The ids at positions [first, stop), as far as they are known."""
+        return [*self.prompt_token_ids, *self.token_ids][first:stop]
 
-    def distrust(self, first: int) -> None:
-        """An equal request failed by its edits: from `first` on the prefix cache may hold rows that they left alone."""
-        self._trusted = min(self._trusted, first)
+    def distrust(self, position: int, error: SteerError) -> None:
+        """Another request with the same edits and the same tokens so far failed at `position`, where this one would, too,
+        if it did not take that row from the prefix cache."""
+        if self._distrusted is None or position < self._distrusted[0]:
+            self._distrusted = position, error
 
     def take(self) -> StepResult | None:
         """What came since the last call, entered into the account. EditNotApplied if the worker says so."""
         result, self._result = self._result, None
         if result is not None:
+            self._skipped += result.skipped
             if result.error:
                 raise EditNotApplied(result.error)
             if result.too_large:
                 raise EditTooLarge(result.too_large)
             self.limited_tokens += result.limited
-            self._skipped += result.skipped
             for revision, position in result.applied:
                 self.starts[revision] = position
-            self._check_cached()
+        self._check_cached()
         return result
 
     def enter(self, tally: EditTally) -> None:
@@ -127,9 +128,11 @@ class Account:
             found = self._of(revision)
             for index, (rows, total) in enumerate(zip(expected, found, strict=True)):
                 if total.rows < rows:
-                    raise EditNotApplied(
+                    error = EditNotApplied(
                         f"edit {index} of revision {revision} ran on {total.rows} tokens, its scope holds {rows}"
                     )
+                    self.unedited(first, error)
+                    raise error
                 mean = total.size / max(total.rows, 1)
                 reports.append(
                     EditReport(revision, index, total.rows, total.changed, mean, total.largest)
@@ -139,7 +142,7 @@ class Account:
     def _expected(self, revision: int, first: int, stop: int) -> list[int]:
         """Rows in scope of each edit among the computed ones of [first, stop)."""
         program = self.programs[revision]
-        ids = [*self.prompt_token_ids, *self.token_ids][first:stop] if program.reads_tokens else ()
+        ids = self.tokens(first, stop) if program.reads_tokens else ()
         expected = [0] * len(program.edits)
         for where, indices in program.groups.items():
             runs = where.runs(first, max(first, stop), self.prompt_length, ids)
@@ -149,11 +152,10 @@ class Account:
         return expected
 
     def _check_cached(self) -> None:
-        if self.cached > self._trusted:
-            raise EditNotApplied(
-                "rows came from the prefix cache, where an equal request put them that failed by its edits at the "
-                "same time; send this one again"
-            )
+        if self._distrusted is not None:
+            position, error = self._distrusted
+            if any(stop > position for _, stop in self._skipped):
+                raise type(error)(str(error))
 
     def _computed(self, run: tuple[int, int]) -> int:
         """How many positions of [first, last) the prefix cache did not hold."""

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 from vllm import SamplingParams
@@ -15,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from steer_server.admission import check_revisions, check_scopes, parse
 from steer_server.dictionary.site import Site
-from steer_server.errors import InvalidRequest
+from steer_server.errors import EditNotApplied, EditTooLarge, InvalidRequest, SteerError
 from steer_server.generation import SlotLoad
 from steer_server.program import Program
 from steer_server.vllm_plugin import KEY
@@ -93,12 +94,13 @@ class Frontend:
         # vLLM gives several sequences of one request the same parameters.
         parameters = request.sampling_params = copy(parameters)
         parameters.extra_args = {**rest, KEY: {**admitted.content, "prompt_length": length}}
-        self._see_to_cache(request, parameters, admitted, length, live)
         self._forget_ended(known)
         ids = request.prompt_token_ids
         account = Account(ids[:length], [admitted.program], token_ids=list(ids[length:]))
         account.settle = self._ledger.settle
+        account.unedited = partial(self._distrust, request.request_id)
         account.wants_distribution = bool(extra.get(DISTRIBUTION))
+        self._see_to_cache(request, parameters, admitted, account, live)
         self.accounts[request.request_id] = account
         self._names[name, index] = request.request_id
         self._opened(name, account)
@@ -155,21 +157,20 @@ class Frontend:
         for report in map(StepReport.from_wire, content["reports"]):
             self._ledger.enter(report)
             report.deliver(self._result)
-            for request, _ in (*report.errors, *report.too_large):
-                self._distrust(report.requests[request])
+            for request, position, why in report.missed:
+                self._distrust(report.requests[request], position, EditNotApplied(why))
+            for request, position, why in report.too_large:
+                self._distrust(report.requests[request], position, EditTooLarge(why))
 
     def _result(self, vllm_id: str) -> StepResult:
         """What the request gathers; if it has ended, nobody reads it."""
         account = self.accounts.get(vllm_id)
         return StepResult() if account is None else account.result
 
-    def _distrust(self, vllm_id: str) -> None:
-        """A row of the request was left unedited, and others may have its KV blocks already."""
-        account = self.accounts.get(vllm_id)
-        # What it took from the cache itself was there before.
-        first = account.cached if account else 0
-        for other in self._salts.spoil(vllm_id):
-            self.accounts[other].distrust(first)
+    def _distrust(self, vllm_id: str, position: int, error: SteerError) -> None:
+        """The request's row at `position` was left unedited, and others may have its KV blocks already."""
+        for account in self._salts.spoil(vllm_id, position):
+            account.distrust(position, error)
 
     def _tell(self, vllm_id: str, tally: EditTally) -> None:
         account = self.accounts.get(vllm_id)
@@ -181,15 +182,15 @@ class Frontend:
         request: EngineCoreRequest,
         parameters: SamplingParams,
         admitted: Admitted,
-        prompt_length: int,
+        account: Account,
         live: bool,
     ) -> None:
         program, nonce = admitted.program, uuid.uuid4().hex if live else ""
-        salt = program.cache_salt(admitted.digest, prompt_length, nonce)
+        salt = program.cache_salt(admitted.digest, account.prompt_length, nonce)
         if salt is not None:
             # The caller's own salt keeps apart what it kept apart.
             key = f"{request.cache_salt or ''}{salt}"
-            request.cache_salt = self._salts.give(request.request_id, key)
+            request.cache_salt = key if live else self._salts.give(request.request_id, key, account)
         if any(entry.prompt and entry.complete for entry in program.read_outs):
             # Cached prompt tokens are never computed, so they could not be read.
             parameters.skip_reading_prefix_cache = True

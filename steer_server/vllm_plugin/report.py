@@ -121,9 +121,11 @@ class StepReport:
     skipped: list[tuple[int, int, int]] = field(default_factory=list)
     """(request, start, stop)."""
     errors: list[tuple[int, str]] = field(default_factory=list)
-    """(request, why an edit or read-out of it did not run)."""
-    too_large: list[tuple[int, str]] = field(default_factory=list)
-    """(request, why edits of it were left out)."""
+    """(request, why a read-out of it did not run)."""
+    missed: list[tuple[int, int, str]] = field(default_factory=list)
+    """(request, the first position at which its edits did not run, why)."""
+    too_large: list[tuple[int, int, str]] = field(default_factory=list)
+    """(request, the first position at which its edits were left out, why)."""
     limited: list[tuple[int, int]] = field(default_factory=list)
     """(request, tokens past its program's limit), site by site."""
     edits: list[EditBlock] = field(default_factory=list)
@@ -136,6 +138,7 @@ class StepReport:
             self.applied,
             self.skipped,
             self.errors,
+            self.missed,
             self.too_large,
             self.limited,
             self.edits,
@@ -154,12 +157,14 @@ class StepReport:
 
     @classmethod
     def from_wire(cls, content: list[Any]) -> "StepReport":
-        requests, applied, skipped, errors, too_large, limited, edits, edit_rows, rows = content
+        requests, applied, skipped, errors, missed, too_large, limited, *blocks = content
+        edits, edit_rows, rows = blocks
         return cls(
             requests,
             applied,
             skipped,
             errors,
+            missed,
             too_large,
             limited,
             [EditBlock(*block) for block in edits],
@@ -176,7 +181,9 @@ class StepReport:
             result_of(ids[request]).skipped.append((start, stop))
         for request, error in self.errors:
             result_of(ids[request]).error = error
-        for request, why in self.too_large:
+        for request, _, why in self.missed:
+            result_of(ids[request]).error = why
+        for request, _, why in self.too_large:
             result_of(ids[request]).too_large = why
         for request, tokens in self.limited:
             result_of(ids[request]).limited += tokens

@@ -57,7 +57,6 @@ class Runtime:
         """`here` are the numbers of the sites in this process; `kernel_rows`, if not 0, lets Triton do the work for
         passes of so many rows at most.
 
-
         Another rank that computes the same speaks for one that does not `reports`; of several pipeline stages one
         `announces` where revisions begin.
         """
@@ -193,10 +192,10 @@ class Runtime:
         for number, edits in layout.edits.items():
             outcome = Outcome(*step.outcomes[number].wait()) if number in step.outcomes else None
             if outcome is None or (self._kernels and (outcome.x_norm < 0).any()):
-                missed = {run.request for run in edits.runs}
-                report.errors += [
-                    (r, f"the op did not run at site number {number}") for r in missed
-                ]
+                positions = layout.positions(step.starts)
+                first = {run.request: int(positions[run.first]) for run in reversed(edits.runs)}
+                why = f"the op did not run at site number {number}"
+                report.missed += [(request, position, why) for request, position in first.items()]
                 continue
             found = edits.collect(outcome)
             if isinstance(found, EditRows):

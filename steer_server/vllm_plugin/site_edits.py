@@ -217,9 +217,12 @@ class SiteEdits:
 
     def too_large(
         self, outcome: Outcome[NDArray], positions: NDArray[np.int64]
-    ) -> list[tuple[int, str]]:
-        """(request, why) of those with a row that was left as it was; `positions` are those of the batch rows."""
-        found: dict[int, str] = {}
+    ) -> list[tuple[int, int, str]]:
+        """(request, first such position, why) of those with a row that was left as it was.
+
+        `positions` are those of the batch rows.
+        """
+        found: dict[int, tuple[int, str]] = {}
         sizes: NDArray[np.float32] | None = None
         if outcome.size is not None:
             size, x_norm = outcome.size, outcome.x_norm
@@ -232,8 +235,8 @@ class SiteEdits:
             if run.request not in found:
                 size = math.nan if sizes is None else float(sizes[row, 0])
                 position = int(positions[run.first + row - self._starts[number]])
-                found[run.request] = _why(run.entries.bounds, size, position)
-        return sorted(found.items())
+                found[run.request] = position, _why(run.entries.bounds, size, position)
+        return [(request, *where_and_why) for request, where_and_why in sorted(found.items())]
 
     def _reported(self, table: NDArray[Any]) -> bytes:
         """What of [runs, entries] belongs to entries that are there, of runs that were not counted before."""

@@ -6,21 +6,23 @@ from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from steer_server.dictionary.edits import Ablate
-from steer_server.errors import EditNotApplied, EditTooLarge
+from steer_server.errors import EditNotApplied, EditTooLarge, SteerError
 from steer_server.program import EVERYWHERE, FeatureEdit, Program, Scope
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
-from steer_server.vllm_plugin.frontend import Frontend
+from steer_server.vllm_plugin.frontend import LIVE, Frontend
 from steer_server.vllm_plugin.ledger import EditTally
 from steer_server.vllm_plugin.report import EditBlock, EditRuns, StepReport
 from tests.unit.serving import NAME, small_dictionary
 
 
-def request(name: str, length: int = 4, scope: Scope = EVERYWHERE) -> EngineCoreRequest:
+def request(
+    name: str, length: int = 4, scope: Scope = EVERYWHERE, first: int = 5
+) -> EngineCoreRequest:
     program = Program((FeatureEdit(NAME, Ablate(1), scope),))
     return EngineCoreRequest(
         request_id=name,
-        prompt_token_ids=list(range(5, 5 + length)),
+        prompt_token_ids=list(range(first, first + length)),
         mm_features=None,
         sampling_params=SamplingParams(max_tokens=4, extra_args={KEY: program}),
         pooling_params=None,
@@ -72,54 +74,102 @@ def test_equal_programs_of_prompts_of_two_lengths_share_nothing_that_depends_on_
     assert short.cache_salt != long.cache_salt
 
 
-@pytest.mark.parametrize("failure", ["errors", "too_large"])
-def test_rows_that_a_failed_request_left_in_the_cache_are_taken_by_no_equal_one(
-    failure: str,
-) -> None:
-    stored = small_dictionary()
-    accounts: dict[str, Account] = {}
-    frontend = Frontend([stored.card.site], 8, accounts.__setitem__)
-    frontend.admission.add(NAME, stored)
-    names = ("fails", "took its rows", "took older rows", "took none")
-    sent = {name: request(name, 8) for name in names}
-    for one in sent.values():
-        frontend.admit(one, 0, dict.fromkeys(names))
-    # Where the failed one computed rows itself, it had two from the cache.
-    skipped = [(0, 0, 2), (1, 0, 6), (2, 0, 2)]
-    step = StepReport(list(names), skipped=skipped, **{failure: [(0, "why")]})
-    frontend._enter({"load": ([1], 0), "reports": [step.to_wire()]})
+class Fleet:
+    """Requests with one program at a front-end, and the reports that reach it."""
 
-    with pytest.raises(EditNotApplied if failure == "errors" else EditTooLarge, match="why"):
-        accounts["fails"].take()
-    with pytest.raises(EditNotApplied, match="from the prefix cache"):
-        accounts["took its rows"].take()
-    accounts["took older rows"].take()
-    # A preemption may make it take rows later.
-    again = StepReport(["took none"], skipped=[(0, 0, 6)])
-    frontend._enter({"load": ([1], 0), "reports": [again.to_wire()]})
-    with pytest.raises(EditNotApplied, match="from the prefix cache"):
-        accounts["took none"].take()
-    with pytest.raises(EditNotApplied, match="from the prefix cache"):
-        accounts["took none"].close()
-    late = request("late", 8)
-    frontend.admit(late, 0, dict.fromkeys((*names, "late")))
-    assert late.cache_salt != sent["fails"].cache_salt
-    assert sent["took none"].cache_salt == sent["fails"].cache_salt
+    def __init__(self) -> None:
+        stored = small_dictionary()
+        self.accounts: dict[str, Account] = {}
+        self.frontend = Frontend([stored.card.site], 8, self.accounts.__setitem__)
+        self.frontend.admission.add(NAME, stored)
+
+    def send(self, name: str, length: int = 8, first: int = 5, running: str = "") -> str | None:
+        """Its `cache_salt`; the others that vLLM has in hand are the `running` ones, or all."""
+        one = request(name, length, first=first)
+        known = running.split(",") if running else [*self.accounts, name]
+        self.frontend.admit(one, 0, dict.fromkeys(known))
+        return one.cache_salt
+
+    def report(self, step: StepReport) -> None:
+        self.frontend._enter({"load": ([1], 0), "reports": [step.to_wire()]})
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"), [("missed", EditNotApplied), ("too_large", EditTooLarge)]
+)
+def test_who_took_a_row_that_was_left_unedited_from_the_cache_fails_as_its_owner_does(
+    failure: str, kind: type[SteerError]
+) -> None:
+    fleet = Fleet()
+    names = ["owner", "took it", "took rows before it", "other prompt", "took none"]
+    salts = {name: fleet.send(name, first=6 if name == "other prompt" else 5) for name in names}
+    skipped = [(1, 0, 6), (2, 0, 5), (3, 0, 6)]
+    fleet.report(StepReport(names, skipped=skipped, **{failure: [(0, 5, "why")]}))
+
+    for name in ("owner", "took it"):
+        with pytest.raises(kind, match="why"):
+            fleet.accounts[name].take()
+    for name in ("took rows before it", "other prompt", "took none"):
+        fleet.accounts[name].take()
+    assert len(set(salts.values())) == 1
+    assert fleet.send("late") not in salts.values()
+
+
+def test_who_takes_such_a_row_after_it_is_known_fails_too() -> None:
+    fleet = Fleet()
+    for name in ("owner", "began before"):
+        fleet.send(name)
+    fleet.report(StepReport(["owner"], too_large=[(0, 6, "later"), (0, 5, "why")]))
+    fleet.report(StepReport(["owner"], too_large=[(0, 7, "later")]))
+    assert fleet.accounts["began before"].take() is None
+    fleet.report(StepReport(["began before"], skipped=[(0, 0, 6)]))
+
+    with pytest.raises(EditTooLarge, match="why"):
+        fleet.accounts["began before"].take()
+    # Nothing has come since, and it must not end well.
+    with pytest.raises(EditTooLarge, match="why"):
+        fleet.accounts["began before"].take()
+    with pytest.raises(EditTooLarge, match="why"):
+        fleet.accounts["began before"].close()
 
 
 def test_the_late_report_of_an_aborted_request_counts_for_the_cache_too() -> None:
-    stored = small_dictionary()
-    accounts: dict[str, Account] = {}
-    frontend = Frontend([stored.card.site], 8, accounts.__setitem__)
-    frontend.admission.add(NAME, stored)
-    frontend.admit(request("aborted", 8), 0, {})
-    frontend.admit(request("equal", 8), 0, {"equal": None})
-    assert list(frontend.accounts) == ["equal"]
-    step = StepReport(["aborted", "equal"], skipped=[(1, 0, 6)], too_large=[(0, "why")])
-    frontend._enter({"load": ([1], 0), "reports": [step.to_wire()]})
+    fleet = Fleet()
+    spoilt = fleet.send("aborted")
+    fleet.send("equal", running="equal")
+    assert list(fleet.frontend.accounts) == ["equal"]
+    step = StepReport(["aborted", "equal"], skipped=[(1, 0, 6)], too_large=[(0, 5, "why")])
+    fleet.report(step)
 
-    with pytest.raises(EditNotApplied, match="from the prefix cache"):
-        accounts["equal"].take()
+    with pytest.raises(EditTooLarge, match="why"):
+        fleet.accounts["equal"].take()
+    assert fleet.send("late") != spoilt
+
+
+def test_rows_that_are_missing_in_the_sum_only_spoil_the_cache_too() -> None:
+    fleet = Fleet()
+    spoilt = fleet.send("owner")
+    fleet.send("equal")
+    fleet.report(StepReport(["equal"], skipped=[(0, 0, 8)]))
+
+    with pytest.raises(EditNotApplied, match="ran on 0 tokens, its scope holds 6"):
+        fleet.accounts["owner"].close()
+
+    with pytest.raises(EditNotApplied, match="ran on 0 tokens, its scope holds 6"):
+        fleet.accounts["equal"].take()
+    assert fleet.send("late") != spoilt
+
+
+def test_a_live_request_shares_with_nobody_and_is_not_remembered_for_it() -> None:
+    fleet = Fleet()
+    live = request("live")
+    assert live.sampling_params is not None
+    live.sampling_params.extra_args[LIVE] = True  # type: ignore[index]
+
+    fleet.frontend.admit(live, 0, {})
+
+    assert live.cache_salt != fleet.send("other", 4)
+    assert list(fleet.frontend._salts._given) == ["other"]
 
 
 def test_a_callers_own_salt_cannot_name_the_blocks_of_a_program() -> None:

@@ -140,7 +140,7 @@ class Batch:
     def end(self) -> None:
         step = self.runtime.end_step()
         if step is not None:
-            report = StepReport.from_wire(self.runtime.report(step))
+            report = self.said = StepReport.from_wire(self.runtime.report(step))
             self.ledger.enter(report)
             report.deliver(lambda name: self.accounts[name].result)
 
@@ -446,9 +446,11 @@ def test_an_op_that_does_not_run_is_an_error_and_not_silence(runtime: Runtime) -
     batch = Batch(runtime, 0)
     batch.admit("edit", 2, Program((FeatureEdit("t", Ablate(1)),)))
     batch.admit("read", 2, Program((), (ReadOut("t", top_k=1),)))
-    batch.begin([("edit", 0, 2), ("read", 0, 2)])
+    batch.begin([("read", 0, 2), ("edit", 0, 2)])
 
     batch.end()
+    # Position 0 is in no scope.
+    assert [missed[:2] for missed in batch.said.missed] == [(1, 1)]
     for account in batch.accounts.values():
         with pytest.raises(EditNotApplied, match="did not run"):
             account.take()
@@ -519,6 +521,7 @@ def test_a_token_past_its_programs_limit_fails_its_own_request_and_says_by_how_m
     said = re.search(r"at position (\d+) .* (\S+) times .* is (\S+); .*clamp", str(caught.value))
     assert said is not None
     assert list(map(float, said.groups())) == pytest.approx([position, largest, limit], rel=1e-3)
+    assert [refused[:2] for refused in batch.said.too_large] == [(1, position)]
     x = batch.x("r", 0, position)
     assert torch.equal(batch.edited["r", 0, position], (x - 0.25) + 0.25)
     for name, p in (("r", 1), ("fine", 5)):

@@ -98,6 +98,8 @@ if MODES & {"v2", "kernels"}:
     os.environ["TRITON_INTERPRET"] = "1"
 if "v2" in MODES:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    # vLLM compiles some functions in eager engines, too, and inductor would ask for more of the backend than it has.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 if MODES:
     changes = {"vllm.platforms.cpu": _keep_config}
     if "v2" in MODES:
