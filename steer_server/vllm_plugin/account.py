@@ -39,12 +39,10 @@ class Account:
     """vLLM's LogprobsLists of the one token generated."""
     settle: Callable[[], None] = lambda: None
     """Makes the ledger hand over what it has."""
-    unedited: Callable[[int, SteerError], None] = lambda position, error: None
-    """Hears of the row from which on edits were missed, if that shows in the sum only."""
     _skipped: list[tuple[int, int]] = field(default_factory=list)
     """Runs of positions taken from the prefix cache."""
     _distrusted: tuple[int, SteerError] | None = None
-    """Who took the row at this position from there, or one behind it, fails with the error."""
+    """If the row at this position, or one behind it, is from there, this generation fails with the error."""
     _result: StepResult | None = None
     _totals: dict[int, list[_Total]] = field(default_factory=dict)
     """By revision, then by edit."""
@@ -68,6 +66,8 @@ class Account:
 
     def tokens(self, first: int, stop: int) -> list[int]:
         """The ids at positions [first, stop), as far as they are known."""
+        if stop <= self.prompt_length:
+            return list(self.prompt_token_ids[first:stop])
         return [*self.prompt_token_ids, *self.token_ids][first:stop]
 
     def distrust(self, position: int, error: SteerError) -> None:
@@ -77,7 +77,10 @@ class Account:
             self._distrusted = position, error
 
     def take(self) -> StepResult | None:
-        """What came since the last call, entered into the account. EditNotApplied if the worker says so."""
+        """What came since the last call, entered into the account.
+
+        EditNotApplied or EditTooLarge if the worker says so, of this request or of one whose row it took from the cache.
+        """
         result, self._result = self._result, None
         if result is not None:
             self._skipped += result.skipped
@@ -128,11 +131,9 @@ class Account:
             found = self._of(revision)
             for index, (rows, total) in enumerate(zip(expected, found, strict=True)):
                 if total.rows < rows:
-                    error = EditNotApplied(
+                    raise EditNotApplied(
                         f"edit {index} of revision {revision} ran on {total.rows} tokens, its scope holds {rows}"
                     )
-                    self.unedited(first, error)
-                    raise error
                 mean = total.size / max(total.rows, 1)
                 reports.append(
                     EditReport(revision, index, total.rows, total.changed, mean, total.largest)

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from functools import partial
 from typing import Any
 
 from vllm import SamplingParams
@@ -98,7 +97,6 @@ class Frontend:
         ids = request.prompt_token_ids
         account = Account(ids[:length], [admitted.program], token_ids=list(ids[length:]))
         account.settle = self._ledger.settle
-        account.unedited = partial(self._distrust, request.request_id)
         account.wants_distribution = bool(extra.get(DISTRIBUTION))
         self._see_to_cache(request, parameters, admitted, account, live)
         self.accounts[request.request_id] = account
@@ -189,8 +187,8 @@ class Frontend:
         salt = program.cache_salt(admitted.digest, account.prompt_length, nonce)
         if salt is not None:
             # The caller's own salt keeps apart what it kept apart.
-            key = f"{request.cache_salt or ''}{salt}"
-            request.cache_salt = key if live else self._salts.give(request.request_id, key, account)
+            salt = f"{request.cache_salt or ''}{salt}"
+            request.cache_salt = salt if live else self._salts.give(request, salt, account)
         if any(entry.prompt and entry.complete for entry in program.read_outs):
             # Cached prompt tokens are never computed, so they could not be read.
             parameters.skip_reading_prefix_cache = True

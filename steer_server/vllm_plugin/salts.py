@@ -5,19 +5,29 @@ one, its request fails; the blocks stay, and whoever took them would run unedite
 """
 
 import secrets
+from array import array
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.engine import EngineCoreRequest
 
 from steer_server.vllm_plugin.account import Account
 
 _RENAMED, _ENDED = 4096, 256
 """Keys with a name of their own, and ended requests whose last reports may still be under way."""
 
+_Key = tuple[Any, ...]
+"""What requests that share blocks have in common, their tokens aside."""
 
-class _Given(NamedTuple):
-    key: str
+
+@dataclass(slots=True)
+class _Given:
+    key: _Key
     salt: str
     account: Account
+    unedited: int | None = None
+    """The first position known to be."""
 
 
 class Salts:
@@ -25,15 +35,16 @@ class Salts:
 
     def __init__(self) -> None:
         self._secret = secrets.token_hex(16)
-        self._renamed: dict[str, str] = {}
+        self._renamed: dict[_Key, str] = {}
         """What the salt of a key ends in, since the one before is not to be trusted."""
         self._given: dict[str, _Given] = {}
         """By vLLM's id, of the requests it has in hand."""
         self._ended: dict[str, _Given] = {}
 
-    def give(self, vllm_id: str, key: str, account: Account) -> str:
-        """The `cache_salt` of a new request: the same as that of others with this key, as long as none was spoilt."""
-        given = self._given[vllm_id] = _Given(key, self._salt(key), account)
+    def give(self, request: EngineCoreRequest, edits: str, account: Account) -> str:
+        """The `cache_salt` of a new request: the same as that of others with these `edits`, as long as none was spoilt."""
+        key = edits, *_apart(request)
+        given = self._given[request.request_id] = _Given(key, self._salt(key), account)
         return given.salt
 
     def end(self, vllm_ids: Iterable[str]) -> None:
@@ -41,6 +52,12 @@ class Salts:
         for vllm_id in vllm_ids:
             given = self._given.pop(vllm_id, None)
             if given is not None:
+                # All else of the account may be large.
+                account = given.account
+                tokens = array(
+                    "i", account.tokens(0, account.prompt_length + len(account.token_ids))
+                )
+                given.account = Account(tokens, [])
                 self._ended[vllm_id] = given
         while len(self._ended) > _ENDED:
             del self._ended[next(iter(self._ended))]
@@ -51,8 +68,9 @@ class Salts:
         Returns the accounts of those that have it, are in hand, and read the same tokens up to that row.
         """
         given = self._given.get(vllm_id) or self._ended.get(vllm_id)
-        if given is None:
+        if given is None or (given.unedited is not None and given.unedited <= position):
             return []
+        given.unedited = position
         if self._salt(given.key) == given.salt:
             if len(self._renamed) == _RENAMED:
                 # All names anew take no memory.
@@ -65,9 +83,19 @@ class Salts:
             other.account
             for other in self._given.values()
             if other.salt == given.salt
-            and other.account is not given.account
+            and other.key == given.key
+            and other is not given
+            # Most differ there, and then the rest is not looked at.
+            and other.account.tokens(position, position + 1) == read[-1:]
             and other.account.tokens(0, position + 1) == read
         ]
 
-    def _salt(self, key: str) -> str:
-        return f"{key}{self._secret}{self._renamed.get(key, '')}"
+    def _salt(self, key: _Key) -> str:
+        return f"{key[0]}{self._secret}{self._renamed.get(key, '')}"
+
+
+def _apart(request: EngineCoreRequest) -> _Key:
+    """What vLLM keeps blocks apart by beside tokens and salt."""
+    lora = request.lora_request
+    images = tuple(feature.identifier for feature in request.mm_features or ())
+    return (lora and (lora.lora_name, lora.lora_path), images)

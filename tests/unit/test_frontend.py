@@ -146,20 +146,6 @@ def test_the_late_report_of_an_aborted_request_counts_for_the_cache_too() -> Non
     assert fleet.send("late") != spoilt
 
 
-def test_rows_that_are_missing_in_the_sum_only_spoil_the_cache_too() -> None:
-    fleet = Fleet()
-    spoilt = fleet.send("owner")
-    fleet.send("equal")
-    fleet.report(StepReport(["equal"], skipped=[(0, 0, 8)]))
-
-    with pytest.raises(EditNotApplied, match="ran on 0 tokens, its scope holds 6"):
-        fleet.accounts["owner"].close()
-
-    with pytest.raises(EditNotApplied, match="ran on 0 tokens, its scope holds 6"):
-        fleet.accounts["equal"].take()
-    assert fleet.send("late") != spoilt
-
-
 def test_a_live_request_shares_with_nobody_and_is_not_remembered_for_it() -> None:
     fleet = Fleet()
     live = request("live")

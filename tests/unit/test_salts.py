@@ -1,75 +1,122 @@
 """Who shares KV blocks by name, and who no longer does once a row among them was left unedited."""
 
 import pytest
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine import EngineCoreRequest
 
 from steer_server.vllm_plugin import salts
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.salts import Salts
 
 
-def account(*tokens: int) -> Account:
-    """Of a prompt of two tokens and what was generated."""
-    return Account(tokens[:2], [], token_ids=list(tokens[2:]))
+class Requests:
+    """A front-end's salts, and the accounts of the requests that got one."""
+
+    def __init__(self) -> None:
+        self.salts = Salts()
+        self.accounts: dict[str, Account] = {}
+
+    def give(
+        self,
+        name: str,
+        edits: str = "edits",
+        tokens: tuple[int, ...] = (1, 2),
+        lora: LoRARequest | None = None,
+    ) -> str:
+        """The salt of a new request with a prompt of two tokens; what follows was generated."""
+        one = EngineCoreRequest(
+            request_id=name,
+            prompt_token_ids=list(tokens[:2]),
+            mm_features=None,
+            sampling_params=SamplingParams(),
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=lora,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        self.accounts[name] = Account(list(tokens[:2]), [], token_ids=list(tokens[2:]))
+        return self.salts.give(one, edits, self.accounts[name])
+
+    def spoil(self, name: str, position: int) -> list[str]:
+        found = self.salts.spoil(name, position)
+        return [name for name, account in self.accounts.items() if account in found]
 
 
-def test_equal_keys_get_equal_salts_and_no_two_front_ends_the_same() -> None:
-    mine, others, any_ = Salts(), Salts(), account(1, 2)
-
-    assert mine.give("a", "key", any_) == mine.give("b", "key", any_)
-    assert mine.give("c", "other", any_) != mine.give("d", "key", any_)
-    assert others.give("a", "key", any_) != mine.give("e", "key", any_)
+@pytest.fixture
+def requests() -> Requests:
+    return Requests()
 
 
-def test_a_spoilt_salt_is_given_to_nobody_any_more_and_the_new_one_is_shared() -> None:
-    given = Salts()
-    accounts = {name: account(1, 2, 3) for name in "abcdef"}
-    spoilt = given.give("a", "key", accounts["a"])
-    given.give("b", "key", accounts["b"])
-    other = given.give("c", "another", accounts["c"])
-
-    assert given.spoil("a", 1) == [accounts["b"]]
-
-    fresh = given.give("d", "key", accounts["d"])
-    assert fresh == given.give("e", "key", accounts["e"]) != spoilt
-    assert given.give("f", "another", accounts["f"]) == other
-    # Its later rows fail, too. The fresh salt has nothing to do with them.
-    assert given.spoil("b", 2) == [accounts["a"]]
-    assert given.give("g", "key", accounts["d"]) == fresh
+def test_equal_edits_get_equal_salts_and_no_two_front_ends_the_same(requests: Requests) -> None:
+    assert requests.give("a") == requests.give("b")
+    assert requests.give("c", "others") != requests.give("d")
+    assert Requests().give("a") != requests.give("e")
 
 
-def test_only_who_reads_the_same_tokens_up_to_the_row_can_have_taken_it() -> None:
-    given = Salts()
-    accounts = [account(1, 2, 3, 4), account(1, 2, 3, 5), account(1, 2, 4, 4), account(1, 2)]
-    for number, one in enumerate(accounts):
-        given.give(f"{number}", "key", one)
+def test_a_spoilt_salt_is_given_to_nobody_any_more_and_the_new_one_is_shared(
+    requests: Requests,
+) -> None:
+    spoilt, other = requests.give("a"), requests.give("c", "others")
+    requests.give("b")
 
-    assert given.spoil("0", 1) == accounts[1:]
-    assert given.spoil("0", 2) == accounts[1:2]
-    assert given.spoil("0", 3) == []
+    assert requests.spoil("a", 1) == ["b"]
 
-
-def test_the_late_report_of_a_request_that_was_aborted_spoils_its_salt() -> None:
-    given, equal = Salts(), account(1, 2)
-    spoilt = given.give("a", "key", account(1, 2))
-    given.end(["a", "no program"])
-    given.give("b", "key", equal)
-
-    assert given.spoil("a", 1) == [equal]
-    assert given.give("c", "key", equal) != spoilt
-    assert given.spoil("unknown", 1) == []
+    fresh = requests.give("d")
+    assert fresh == requests.give("e") != spoilt
+    assert requests.give("f", "others") == other
+    # The fresh salt has nothing to do with what fails under the old one.
+    assert requests.spoil("b", 1) == ["a"]
+    assert requests.give("g") == fresh
 
 
-def test_what_is_kept_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_who_reads_the_same_tokens_up_to_the_row_can_have_taken_it(requests: Requests) -> None:
+    tokens = {"a": (1, 2, 3, 4), "b": (1, 2, 3, 5), "c": (1, 2, 4, 4), "d": (1, 2), "e": (0, 2, 3)}
+    for name, own in tokens.items():
+        requests.give(name, tokens=own)
+
+    assert requests.spoil("a", 3) == []
+    assert requests.spoil("a", 2) == ["b"]
+    assert requests.spoil("a", 1) == ["b", "c", "d"]
+    # It has said so, and of what follows nothing new can be said.
+    assert requests.spoil("a", 2) == []
+
+
+def test_adapters_share_no_rows(requests: Requests) -> None:
+    one, other = (LoRARequest(name, number, f"/{name}") for number, name in enumerate("xy", 1))
+    spoilt, apart = requests.give("a", lora=one), requests.give("b", lora=other)
+    requests.give("none")
+    requests.give("c", lora=one)
+
+    assert requests.spoil("a", 1) == ["c"]
+    assert requests.give("d", lora=one) != spoilt
+    assert requests.give("e", lora=other) == apart
+
+
+def test_the_late_report_of_a_request_that_was_aborted_spoils_its_salt(requests: Requests) -> None:
+    spoilt = requests.give("a", tokens=(1, 2, 3))
+    requests.salts.end(["a", "no program"])
+    requests.give("b", tokens=(1, 2, 3))
+    requests.give("c", tokens=(1, 2, 4))
+
+    assert requests.spoil("a", 2) == ["b"]
+    assert requests.give("d") != spoilt
+    assert requests.spoil("unknown", 1) == []
+
+
+def test_what_is_kept_does_not_grow(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(salts, "_RENAMED", 3)
     monkeypatch.setattr(salts, "_ENDED", 3)
-    given = Salts()
-    old = [given.give(f"{n}", f"key {n}", account(1, 2)) for n in range(9)]
-    for n in range(9):
-        given.spoil(f"{n}", 1)
-    given.end(f"{n}" for n in range(9))
+    names = [f"{n}" for n in range(9)]
+    old = {requests.give(name, f"edits {name}") for name in names}
+    for name in names:
+        requests.spoil(name, 1)
+    requests.salts.end(names)
 
-    assert len(given._renamed) <= 3
-    assert len(given._ended) <= 3
-    assert not given._given
-    new = {given.give(f"new {n}", f"key {n}", account(1, 2)) for n in range(9)}
-    assert not set(old) & new
+    kept = requests.salts
+    assert len(kept._renamed) <= 3
+    assert len(kept._ended) <= 3
+    assert not kept._given
+    assert all(given.account not in requests.accounts.values() for given in kept._ended.values())
+    assert not old & {requests.give(f"new {name}", f"edits {name}") for name in names}
