@@ -117,10 +117,10 @@ def test_who_took_a_row_that_was_left_unedited_from_the_cache_fails_as_its_owner
 
 def test_who_takes_such_a_row_after_it_is_known_fails_too() -> None:
     fleet = Fleet()
-    for name in ("owner", "began before"):
+    for name in ("owner", "began before", "owner of later rows"):
         fleet.send(name)
     fleet.report(StepReport(["owner"], too_large=[(0, 6, "later"), (0, 5, "why")]))
-    fleet.report(StepReport(["owner"], too_large=[(0, 7, "later")]))
+    fleet.report(StepReport(["owner of later rows"], too_large=[(0, 7, "later")]))
     assert fleet.accounts["began before"].take() is None
     fleet.report(StepReport(["began before"], skipped=[(0, 0, 6)]))
 
@@ -137,7 +137,7 @@ def test_the_late_report_of_an_aborted_request_counts_for_the_cache_too() -> Non
     fleet = Fleet()
     spoilt = fleet.send("aborted")
     fleet.send("equal", running="equal")
-    assert list(fleet.frontend.accounts) == ["equal"]
+    assert list(fleet.frontend.accounts) == list(fleet.frontend._salts._given) == ["equal"]
     step = StepReport(["aborted", "equal"], skipped=[(1, 0, 6)], too_large=[(0, 5, "why")])
     fleet.report(step)
 
