@@ -444,12 +444,12 @@ def test_read_outs_are_of_x_before_the_edits_or_after_them(
 
 def test_an_op_that_does_not_run_is_an_error_and_not_silence(runtime: Runtime) -> None:
     batch = Batch(runtime, 0)
-    batch.admit("edit", 2, Program((FeatureEdit("t", Ablate(1)),)))
+    scope = Scope(windows=((1, 2), (3, 4)))
+    batch.admit("edit", 4, Program((FeatureEdit("t", Ablate(1), scope),)))
     batch.admit("read", 2, Program((), (ReadOut("t", top_k=1),)))
-    batch.begin([("read", 0, 2), ("edit", 0, 2)])
+    batch.begin([("read", 0, 2), ("edit", 0, 4)])
 
     batch.end()
-    # Position 0 is in no scope.
     assert [missed[:2] for missed in batch.said.missed] == [(1, 1)]
     for account in batch.accounts.values():
         with pytest.raises(EditNotApplied, match="did not run"):
