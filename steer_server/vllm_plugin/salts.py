@@ -27,7 +27,7 @@ class _Given:
     salt: str
     account: Account
     unedited: int | None = None
-    """The first position known to be."""
+    """The first position that is known to have been left so."""
 
 
 class Salts:

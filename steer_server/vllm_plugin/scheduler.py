@@ -26,8 +26,8 @@ class _Steering:
     """Mixed in before one of vLLM's schedulers.
 
     A request whose features find no free slot is held back, and those with features that come after it, until others
-    have ended: it waits like one that finds no KV blocks. Updates reach every worker with the same step. A paused request is preempted, and
-    kept out of vLLM's queues until it goes on.
+    have ended: it waits like one that finds no KV blocks. Updates reach every worker with the same step. A paused request
+    is preempted, and kept out of vLLM's queues until it goes on.
     """
 
     requests: dict[str, Request]

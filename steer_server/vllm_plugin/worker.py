@@ -73,10 +73,12 @@ class SteerWorker:
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
-        # A CPU engine that compiles nothing is not warmed up either.
-        compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
+        eager = self.model_config.enforce_eager
+        if self.device.type == "cpu":
+            # An engine there that compiles nothing is not warmed up either.
+            eager |= self.vllm_config.compilation_config.mode == CompilationMode.NONE
         for number in self.steer_sites:
-            if compiled and self.steer.op_calls[number] == 0:
+            if not eager and self.steer.op_calls[number] == 0:
                 raise EditNotApplied(
                     f"the warm-up of the compiled model never called the op of site number {number}"
                 )

@@ -15,15 +15,28 @@ class Vllm:
 
 
 class Worker(SteerWorker, Vllm):
-    def __init__(self, mode: CompilationMode, op_calls: list[int]) -> None:
+    def __init__(self, mode: CompilationMode, op_calls: list[int], device: str = "cpu") -> None:
+        self.device = SimpleNamespace(type=device)
+        self.model_config = SimpleNamespace(enforce_eager=False)
         self.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(mode=mode))
         self.steer_sites = [0, 2]
         self.steer = SimpleNamespace(op_calls=op_calls)
 
 
-def test_a_compiled_model_that_never_called_the_op_at_a_site_of_this_process_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("mode", "device"),
+    [
+        (CompilationMode.VLLM_COMPILE, "cuda"),
+        (CompilationMode.DYNAMO_TRACE_ONCE, "cpu"),
+        # There it is warmed up whatever is compiled.
+        (CompilationMode.NONE, "cuda"),
+    ],
+)
+def test_a_model_that_never_called_the_op_at_a_site_of_this_process_is_refused(
+    mode: CompilationMode, device: str
+) -> None:
     with pytest.raises(EditNotApplied, match="never called the op of site number 2"):
-        Worker(CompilationMode.VLLM_COMPILE, [1, 1, 0]).compile_or_warm_up_model()
+        Worker(mode, [1, 1, 0], device).compile_or_warm_up_model()
 
 
 @pytest.mark.parametrize(
