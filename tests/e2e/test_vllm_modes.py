@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(7200)]
 
 HERE = Path(__file__).parent
-ENGINE = "tests/e2e/test_engine.py"
-PARALLEL = "tests/e2e/test_parallel.py"
-COMPILED = "tests/e2e/test_compiled.py"
-PROPERTY = "tests/e2e/test_property.py"
-
+ENGINE, AROUND, LORA, LIVE, SERVE, SOAK, PARALLEL, COMPILED, PROPERTY = (
+    f"tests/e2e/test_{name}.py"
+    for name in "engine around lora live serve soak parallel compiled property".split()
+)
 
 # Triton's interpreter is slow: these are what a change of the runner or of the kernels would break first.
 V2 = "hook[add] or hook[clamp] or tokens[short]"
+QUICK = ["-m", "not nightly"]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,9 @@ V2 = "hook[add] or hook[clamp] or tokens[short]"
         pytest.param("kernels", [ENGINE], marks=pytest.mark.nightly),
         pytest.param("v2", [ENGINE], marks=pytest.mark.nightly),
         pytest.param("v2", [PARALLEL], marks=pytest.mark.nightly),
+        pytest.param("v2", [AROUND, LORA], marks=pytest.mark.nightly),
+        pytest.param("v2", [*QUICK, SERVE, SOAK], marks=pytest.mark.nightly),
+        pytest.param("v2", [*QUICK, PROPERTY], marks=pytest.mark.nightly),
     ],
 )
 def test_the_engine_is_right_in_vllms_gpu_modes(modes: str, tests: list[str]) -> None:

@@ -58,6 +58,20 @@ def _add_cpu_backend(triton_backends):
     triton_backends.backends["cpu"] = _InterpretedBackend
 
 
+def _take_any_mask(interpreter):
+    """Compiled kernels take a mask for what its type says; interpreted ones want its array to be of booleans, too.
+
+    vLLM's kernel that applies a grammar has one of integers, made of a scalar comparison and a block.
+    """
+    store = interpreter.InterpreterBuilder.create_masked_store
+
+    def create_masked_store(self, pointers, value, mask, cache_policy):
+        mask.data = mask.data.astype(bool)
+        return store(self, pointers, value, mask, cache_policy)
+
+    interpreter.InterpreterBuilder.create_masked_store = create_masked_store
+
+
 def _keep_config(cpu):
     """vLLM's CPU platform switches both modes off; the rest of what it does stays."""
     check = cpu.CpuPlatform.check_and_update_config.__func__
@@ -104,6 +118,7 @@ if MODES:
     changes = {"vllm.platforms.cpu": _keep_config}
     if "v2" in MODES:
         changes["triton.backends"] = _add_cpu_backend
+        changes["triton.runtime.interpreter"] = _take_any_mask
     if "piecewise" in MODES:
         changes["vllm.compilation.passes.utility.fix_functionalization"] = _skip_pass
     if "unsalted" in MODES:
