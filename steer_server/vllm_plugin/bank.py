@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer_server.dictionary.dictionary import FeatureRows
+from steer_server.vllm_plugin.transfer import to_device
 
 Feature = tuple[str, int]
 """(dictionary, feature)."""
@@ -80,7 +81,9 @@ class Bank:
     def put(self, slots: Sequence[int], rows: FeatureRows, features: Sequence[int]) -> None:
         """Copies the rows of each of the features into its slot."""
         device = self.decoder_norm.device
-        chosen, index = torch.tensor(features, device=device), torch.tensor(slots, device=device)
+        chosen, index = (
+            to_device(np.array(numbers, np.int64), device) for numbers in (features, slots)
+        )
         # All at once: row by row the calls would take longer than the copies.
         found = rows.take(chosen)
         for mine, theirs in zip(self.rows, found, strict=True):
@@ -92,5 +95,5 @@ class Bank:
         if (np.diff(slots) == 1).all():
             part = slice(int(slots[0]), int(slots[-1]) + 1)
             return FeatureRows(*(tensor[part] for tensor in self.rows)), self.decoder_norm[part]
-        index = torch.from_numpy(slots).to(self.decoder_norm.device)
+        index = to_device(slots, self.decoder_norm.device)
         return self.rows.take(index), self.decoder_norm[index]

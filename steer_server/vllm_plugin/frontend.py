@@ -84,6 +84,10 @@ class Frontend:
         assert parameters is not None
         if request.prompt_token_ids is None:
             raise InvalidRequest("edits and read-outs need a prompt of tokens, not of embeddings")
+        if request.resumable:
+            raise InvalidRequest(
+                "edits and read-outs need a prompt that has come whole, not a stream"
+            )
         live, forced = bool(extra.get(LIVE)), int(extra.get(FORCED, 0))
         length = len(request.prompt_token_ids) - forced
         program = parse(extra[KEY], self.admission.dictionaries)

@@ -11,6 +11,7 @@ from steer_server.vllm_plugin import edit_kernel
 from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.edit_kernel import READ_AFTER, READ_BEFORE, edit_rows
 from steer_server.vllm_plugin.site_edits import Outcome, SiteEdits, SitePass
+from steer_server.vllm_plugin.transfer import to_device
 
 
 class KernelSite:
@@ -47,6 +48,8 @@ class KernelSite:
         )
         self._edits: SiteEdits | None = None
         self._slot: Tensor | None = None
+        self._edited: slice | Tensor = slice(0)
+        """Which rows the edits are on."""
         self._before = self._after = False
         self._n_rows = 0
 
@@ -56,7 +59,9 @@ class KernelSite:
         if edits is not None:
             self._write_lines(edits)
             rows = edits.rows
-            line[rows if isinstance(rows, slice) else rows.numpy()] = edits.line_of_row + 1
+            at = rows if isinstance(rows, slice) else rows.numpy()
+            line[at] = edits.line_of_row + 1
+            self._edited = at if isinstance(at, slice) else to_device(at, self._row_line.device)
         read = np.zeros_like(line)
         read[:n_rows] = READ_BEFORE * before + READ_AFTER * after
         # Those of a longer pass before are cleared with it.
@@ -88,7 +93,7 @@ class KernelSite:
         found = SitePass()
         out, n_rows = self._out, self._n_rows
         if self._edits is not None:
-            rows, width = self._edits.rows, self._edits.lines.slot.shape[1]
+            rows, width = self._edited, self._edits.lines.slot.shape[1]
             assert self._slot is not None
             found.outcome = Outcome(
                 out.change[rows, :width].clone(),
@@ -117,8 +122,8 @@ class KernelSite:
             self._lines.most.fill_(torch.inf)
             self._lines.refused.fill_(MAX_RELATIVE_SIZE)
         self._limited = lines.bounds is not None
-        slot = torch.from_numpy(lines.slot[edits.line_of_row].astype(np.int64))
-        self._slot = slot.to(self._row_line.device)
+        slot = lines.slot[edits.line_of_row].astype(np.int64)
+        self._slot = to_device(slot, self._row_line.device)
 
 
 def _write(table: Tensor, values: NDArray) -> None:

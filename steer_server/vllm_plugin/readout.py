@@ -15,6 +15,7 @@ from steer_server.vllm_plugin.encode_kernel import MAX_K, encode_topk
 from steer_server.vllm_plugin.report import RowBlock
 from steer_server.vllm_plugin.residents import Resident
 from steer_server.vllm_plugin.strongest import strongest
+from steer_server.vllm_plugin.transfer import to_device
 
 
 class Want(NamedTuple):
@@ -48,7 +49,7 @@ class Reading:
         self._row_numbers = rows
         self._rows: slice | Tensor = slice(wants[0].first, wants[-1].last)
         if any(want.last != following.first for want, following in pairwise(wants)):
-            self._rows = torch.from_numpy(rows).to(resident.rows.bias.device)
+            self._rows = to_device(rows, resident.rows.bias.device)
         self._encode, self._list = (
             self._named(wants) if wants[0].spec.features else self._strongest(wants, kernels)
         )
@@ -98,9 +99,9 @@ class Reading:
             place[line, : len(want.spec.features)] = np.searchsorted(union, want.spec.features)
         device = resident.rows.bias.device
         place = np.repeat(place, self._lengths, axis=0)
-        columns = torch.from_numpy(place).to(device)
-        features = torch.from_numpy(np.array(union)[place]).to(device)
-        chosen = resident.rows.take(torch.tensor(union, device=device))
+        columns = to_device(place, device)
+        features = to_device(np.array(union)[place], device)
+        chosen = resident.rows.take(to_device(np.array(union), device))
 
         def encode(x: Tensor) -> Encoded:
             f = resident.encode(x)[:, union] if resident.k else chosen.encode(x)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import InputStreamError
@@ -36,6 +37,11 @@ def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str
 
     The next OutputProcessor of this process belongs to it. Without dictionaries it refuses every program.
     """
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise UnsupportedVllm(
+            "requests to vLLM's Rust front-end pass steer by, and their edits would not be applied; "
+            "unset VLLM_USE_RUST_FRONTEND, or set STEER_DISABLE=1"
+        )
     if not folders:
         config = create()
         _refuse_beam_search()

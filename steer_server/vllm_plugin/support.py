@@ -22,6 +22,8 @@ def check_supported(config: Any) -> None:
     refused = {
         # Rows computed elsewhere were not edited here, and a connector need not tell salts apart.
         "KV connectors (--kv-transfer-config)": config.kv_transfer_config is not None,
+        # It runs the worker's model runner, and not the worker.
+        "Ray (--distributed-executor-backend ray)": parallel.distributed_executor_backend == "ray",
         # A draft that is rejected would have been edited, counted and reported.
         "speculative decoding": config.speculative_config is not None,
         # An update would have to find the engine that has its request.

@@ -1,8 +1,9 @@
-"""Brings tensors to the host without holding up the device that computes them."""
+"""Between host and device, without holding up either."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -26,6 +27,12 @@ class Transfer:
         if self._copied is not None:
             self._copied.synchronize()
         return [value.numpy() if isinstance(value, Tensor) else value for value in self._values]
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """The values there, in the order of the device's work; the host goes on."""
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _pinned(tensor: Tensor) -> Tensor:

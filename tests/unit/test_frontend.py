@@ -6,7 +6,7 @@ from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from steer_server.dictionary.edits import Ablate
-from steer_server.errors import EditNotApplied, EditTooLarge, SteerError
+from steer_server.errors import EditNotApplied, EditTooLarge, InvalidRequest, SteerError
 from steer_server.program import EVERYWHERE, FeatureEdit, Program, Scope
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
@@ -171,6 +171,19 @@ def test_a_callers_own_salt_cannot_name_the_blocks_of_a_program() -> None:
     assert victim.cache_salt is not None
     assert victim.cache_salt.startswith(known)
     assert len(victim.cache_salt) - len(known) == 32
+
+
+def test_a_prompt_that_comes_as_a_stream_is_refused_with_edits_and_only_then() -> None:
+    stored = small_dictionary()
+    frontend = Frontend([stored.card.site], 8)
+    frontend.admission.add(NAME, stored)
+    streamed = request("streamed")
+    streamed.resumable = True
+
+    with pytest.raises(InvalidRequest, match="come whole"):
+        frontend.admit(streamed, 0, {})
+    streamed.sampling_params = SamplingParams(max_tokens=4)
+    frontend.admit(streamed, 0, {})
 
 
 def test_vllm_does_not_copy_a_program_for_each_request() -> None:

@@ -17,6 +17,9 @@ from steer_server.vllm_plugin.serve import prepare
 from steer_server.vllm_plugin.support import check_supported
 from tests.unit.serving import small_dictionary
 
+RAY = ParallelConfig()
+RAY.distributed_executor_backend = "ray"  # Asked for at once, it would have to be installed.
+
 
 def config(**parallel: Any) -> SimpleNamespace:
     """What `check_supported` reads of a VllmConfig."""
@@ -44,6 +47,7 @@ def test_one_api_server_is_served_and_several_are_refused_by_name() -> None:
         ("dual-batch overlap", {"enable_dbo": True}, {}),
         ("context parallelism", {"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, {}),
         ("context parallelism", {"prefill_context_parallel_size": 2}, {}),
+        ("Ray", {}, {"parallel_config": RAY}),
         ("fast prefill", {}, {"cache_config": CacheConfig(kv_sharing_fast_prefill=True)}),
     ],
 )
@@ -86,3 +90,13 @@ def test_plain_vllm_refuses_a_dictionary_of_a_site_that_is_not_served(tmp_path: 
 
     with pytest.raises(DictionaryMismatch, match=r"trained at mlp_act\.1, which vLLM does not"):
         prepare(SimpleNamespace(), pytest.fail, {"d": str(tmp_path / "d")})
+
+
+@pytest.mark.parametrize("folders", [{}, {"d": "unread"}])
+def test_vllms_rust_front_end_is_refused_with_dictionaries_and_without(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+
+    with pytest.raises(UnsupportedVllm, match="unset VLLM_USE_RUST_FRONTEND"):
+        prepare(SimpleNamespace(), pytest.fail, folders)
