@@ -13,9 +13,9 @@ import pytest
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(7200)]
 
 HERE = Path(__file__).parent
-ENGINE, AROUND, LORA, LIVE, SERVE, SOAK, PARALLEL, COMPILED, PROPERTY = (
+ENGINE, AROUND, LORA, SERVE, SOAK, PARALLEL, COMPILED, PROPERTY = (
     f"tests/e2e/test_{name}.py"
-    for name in "engine around lora live serve soak parallel compiled property".split()
+    for name in "engine around lora serve soak parallel compiled property".split()
 )
 
 # Triton's interpreter is slow: these are what a change of the runner or of the kernels would break first.
