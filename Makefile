@@ -64,7 +64,7 @@ test-conformance: setup ## every RPC, bound and error of the API
 test-nightly: model ## what takes hours: 200 random batches, 5,000 requests, the V2 model runner, more model families
 	$(BIN)/pytest -m "nightly and not gpu"
 
-test-versions: model ## the engine's tests with the other supported vLLM versions, each in its own environment
+test-versions: model ## the tests of the engine, what vLLM does around it, adapters and random batches with the other supported vLLM versions, each in its own environment
 	$(BIN)/python tests/versions.py
 
 test-prometheus: model ## a real Prometheus scrapes a real server (needs Debian's prometheus package)

@@ -1,7 +1,7 @@
 """Plain vLLM with steer installed: the entry point of the group `vllm.general_plugins`.
 
-Without `STEER_DICTIONARIES` nothing changes but that a request with edits is refused instead of run without them. With
-it (`name=folder`, separated by commas) every engine of the process gets the sites of those dictionaries, and requests
+Without `STEER_DICTIONARIES` nothing changes but that a request with edits is refused instead of run without them, and
+vLLM's Rust front-end, whose requests nobody could refuse, at start. With it (`name=folder`, separated by commas) every engine of the process gets the sites of those dictionaries, and requests
 carry programs as JSON: `vllm_xargs={"steer": "..."}` over HTTP, `SamplingParams(extra_args={"steer": ...})` in Python.
 A full answer has `{"steer": {"0": {"edits": [...], "activations": [...]}}}` in its `kv_transfer_params`, one entry for
 each sequence. vLLM streams have no such field; a stream whose edits were not all proved ends with an error.

@@ -32,7 +32,11 @@ class Transfer:
 def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     """The values there, in the order of the device's work; the host goes on."""
     host = torch.from_numpy(np.ascontiguousarray(values))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return (
+        host.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else host.to(device)
+    )
 
 
 def _pinned(tensor: Tensor) -> Tensor:
