@@ -90,6 +90,9 @@ async def start_engine(config: ServerConfig, registry: Registry) -> Engine:
             dtype=config.dtype,
             enforce_eager=config.enforce_eager,
             kv_cache_gib=config.kv_cache_gib,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            tensor_parallel_size=config.tensor_parallel_size,
+            pipeline_parallel_size=config.pipeline_parallel_size,
         )
         engine = await VllmEngine.start(settings)
     try:

@@ -70,7 +70,9 @@ class EngineSettings:
     async_scheduling: bool | None = None
     """Schedule a step while the one before is running; None leaves it to vLLM."""
     kv_cache_gib: int = 4
-    """On CPU; on CUDA vLLM takes its share of the device memory."""
+    """On CPU; on CUDA vLLM takes what its share of the memory leaves."""
+    gpu_memory_utilization: float | None = None
+    """vLLM's share of a GPU's memory, model and KV cache together; the rest is for dictionaries. None: vLLM's default."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     edit_slots: int = 1024
@@ -306,6 +308,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     optional: dict[str, Any] = {
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "max_model_len": settings.max_model_len,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
     }
     return AsyncEngineArgs(
         model=settings.model,

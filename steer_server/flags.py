@@ -77,6 +77,19 @@ def parser() -> argparse.ArgumentParser:
         "--enforce-eager", action="store_true", help="no torch.compile, no CUDA graphs"
     )
     engine.add_argument("--kv-cache-gib", metavar="N", help="KV cache on CPU, in GiB (default 4)")
+    engine.add_argument(
+        "--gpu-memory-utilization",
+        metavar="SHARE",
+        help="of a GPU's memory, for model and KV cache; the rest is for dictionaries (default: vLLM's)",
+    )
+    engine.add_argument(
+        "--tensor-parallel-size", metavar="N", help="devices that share each layer (default 1)"
+    )
+    engine.add_argument(
+        "--pipeline-parallel-size",
+        metavar="N",
+        help="groups of devices that have the layers one after another (default 1)",
+    )
     net = root.add_argument_group("network")
     net.add_argument("--host", help="gRPC address (default 127.0.0.1)")
     net.add_argument("--port", metavar="N", help="gRPC port (default 50051; 0: any free one)")

@@ -63,7 +63,8 @@ def test_every_flag_reaches_its_setting():
         *("--slow-reader-seconds", "5", "--log-format", "json"),
         *("--metrics-port", "1", "--max-model-len", "128", "--max-num-seqs", "2"),
         *("--dtype", "float32", "--enforce-eager", "--kv-cache-gib", "3", "--drain-seconds", "0"),
-        *("--dictionary-root", "/tmp"),
+        *("--dictionary-root", "/tmp", "--gpu-memory-utilization", "0.8"),
+        *("--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"),
     )
 
     assert config == ServerConfig(
@@ -90,6 +91,9 @@ def test_every_flag_reaches_its_setting():
         dtype="float32",
         enforce_eager=True,
         kv_cache_gib=3,
+        gpu_memory_utilization=0.8,
+        tensor_parallel_size=2,
+        pipeline_parallel_size=3,
         drain_seconds=0,
     )
 
@@ -99,7 +103,7 @@ def test_the_settings_are_written_as_a_file_that_gives_them_again(tmp_path: Path
         *("--model", 'a "model"', "--dictionary", "a=/x", "--dictionary", "/y"),
         *("--site", "mlp_out.3", "--watch", "a:7", "--enforce-eager", "--kv-cache-gib", "3"),
         *("--tls-cert", "/c", "--tls-key", "/k"),
-        *("--dictionary-root", str(tmp_path)),
+        *("--dictionary-root", str(tmp_path), "--gpu-memory-utilization", "0.75"),
     )
     file = tmp_path / "steer.toml"
     file.write_text(config.to_toml())
@@ -139,6 +143,8 @@ def test_a_table_of_dictionaries_names_them(tmp_path: Path):
         (["--port", "70000"], "port", r"'70000'.*0\.\.65535"),
         (["--port", "x"], "port", "'x'"),
         (["--max-model-len", "1"], "max_model_len", r"2\.\."),
+        (["--gpu-memory-utilization", "85"], "gpu_memory_utilization", "'85'.*up to 1"),
+        (["--gpu-memory-utilization", "most"], "gpu_memory_utilization", "'most'"),
         (["--dtype", "int4"], "dtype", "'int4'.*bfloat16"),
         (["--site", "nowhere.1"], "sites", "resid_post"),
         (["--site", "mlp_act.3"], "sites", "not expose mlp_act.3; served sites are resid_post"),
