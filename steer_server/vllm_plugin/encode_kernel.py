@@ -23,6 +23,8 @@ from steer_server.vllm_plugin.bitonic import keep_best
 MAX_K = 128
 Precision = Literal["ieee", "tf32x3", "tf32"]
 _BLOCK_N = 128
+_FEW_ROWS = 32
+_SMALL_K = 32
 
 
 class TopFeatures(NamedTuple):
@@ -70,8 +72,8 @@ def encode_topk(
     if n_rows == 0:
         return top
     # Two widths and two block sizes, because each combination costs seconds to compile when it first runs.
-    width = 32 if k <= 32 else MAX_K
-    block_m = 16 if n_rows <= 32 else 64
+    width = _SMALL_K if k <= _SMALL_K else MAX_K
+    block_m = 16 if n_rows <= _FEW_ROWS else 64
     blocks, tiles = triton.cdiv(n_rows, block_m), triton.cdiv(n_features, _BLOCK_N)
     per_chunk = triton.cdiv(tiles, chunks or _chunks(x.device, blocks))
     chunks = triton.cdiv(tiles, per_chunk)
@@ -115,6 +117,15 @@ def encode_topk(
     return top
 
 
+def warm_up(d_model: int, device: torch.device) -> None:
+    """Compiles all that `encode_topk` without `rows` launches for encoders of this width, which then no request waits for."""
+    nothing = torch.zeros(_BLOCK_N, device=device)
+    encoder = torch.zeros(_BLOCK_N, d_model, device=device)
+    for n_rows in (_FEW_ROWS, _FEW_ROWS + 1):
+        for k in (_SMALL_K, MAX_K):
+            encode_topk(encoder[:n_rows], encoder, nothing, nothing, k)
+
+
 def encode_topk_torch(
     x: Tensor,
     encoder: Tensor,
@@ -156,7 +167,7 @@ def _chunks(device: torch.device, blocks: int) -> int:
 
 
 # Not specialized: what changes from call to call must not make Triton compile again.
-@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_features"], do_not_specialize_on_alignment=["rows"])
 def _encode_chunk(
     x,
     rows,

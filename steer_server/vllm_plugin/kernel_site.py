@@ -71,7 +71,8 @@ class KernelSite:
 
     def begin(self) -> None:
         """A pass is coming: sets the marks."""
-        self._out.x_norm[: self._n_rows] = -1.0
+        if self._edits is not None:
+            self._out.x_norm[: self._n_rows] = -1.0
         for wanted, x in ((self._before, self._out.x_before), (self._after, self._out.x_after)):
             if wanted:
                 x[: self._n_rows, 0] = torch.nan
@@ -89,7 +90,7 @@ class KernelSite:
         )
 
     def end(self) -> SitePass:
-        """What the pass left, out of the next one's reach."""
+        """What the pass left; `before` and `after` are overwritten by the next one."""
         found = SitePass()
         out, n_rows = self._out, self._n_rows
         if self._edits is not None:
@@ -103,9 +104,9 @@ class KernelSite:
                 out.size[rows, None].clone() if self._limited else None,
             )
         if self._before:
-            found.before = out.x_before[:n_rows].clone()
+            found.before = out.x_before[:n_rows]
         if self._after:
-            found.after = out.x_after[:n_rows].clone()
+            found.after = out.x_after[:n_rows]
         return found
 
     def _write_lines(self, edits: SiteEdits) -> None:

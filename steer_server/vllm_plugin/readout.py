@@ -17,6 +17,9 @@ from steer_server.vllm_plugin.residents import Resident
 from steer_server.vllm_plugin.strongest import strongest
 from steer_server.vllm_plugin.transfer import to_device
 
+PART_BYTES = 2**26
+"""At full width so many rows at once as take no more: a long prefill's would not fit beside the model, nor stay in caches."""
+
 
 class Want(NamedTuple):
     """Batch rows [first, last) of one request, for one of its read-outs."""
@@ -101,11 +104,17 @@ class Reading:
         place = np.repeat(place, self._lengths, axis=0)
         columns = to_device(place, device)
         features = to_device(np.array(union)[place], device)
-        chosen = resident.rows.take(to_device(np.array(union), device))
+        numbers = to_device(np.array(union), device)
+        chosen = resident.rows.take(numbers)
+
+        def values(x: Tensor, columns: Tensor) -> Encoded:
+            f = resident.encode(x).index_select(1, numbers) if resident.k else chosen.encode(x)
+            return (f.gather(1, columns),)
+
+        width = len(resident.rows.bias if resident.k else union)
 
         def encode(x: Tensor) -> Encoded:
-            f = resident.encode(x)[:, union] if resident.k else chosen.encode(x)
-            return features, f.gather(1, columns)
+            return features, *_in_parts(values, width, x, columns)
 
         return encode, partial(_listed, np.zeros(1), np.repeat(kept, self._lengths, axis=0))
 
@@ -133,9 +142,24 @@ def _by_topk(resident: Resident, k: int) -> Callable[[Tensor], Encoded]:
         f = resident.encode(x)
         # A direction without an encoder may be active below zero; strongest means farthest from it.
         found = f.abs().topk(k, dim=1)
-        return found.indices, f.gather(1, found.indices), torch.count_nonzero(f, dim=1)
+        return found.indices.int(), f.gather(1, found.indices), torch.count_nonzero(f, dim=1)
 
-    return encode
+    return partial(_in_parts, encode, len(resident.rows.bias))
+
+
+def _in_parts(encode: Callable[..., Encoded], width: int, *tables: Tensor) -> Encoded:
+    """`encode` of the rows of the tables, so many at once that `width` values of each fit `PART_BYTES`."""
+    most = max(1, PART_BYTES // (4 * width))
+    n_rows = len(tables[0])
+    if n_rows <= most:
+        return encode(*tables)
+    found: Encoded = ()
+    for first in range(0, n_rows, most):
+        part = encode(*(table[first : first + most] for table in tables))
+        found = found or tuple(column.new_empty(n_rows, *column.shape[1:]) for column in part)
+        for whole, column in zip(found, part, strict=True):
+            whole[first : first + most] = column
+    return found
 
 
 def _fused(resident: Resident, k: int) -> Callable[[Tensor], Encoded]:

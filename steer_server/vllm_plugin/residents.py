@@ -40,14 +40,6 @@ class Resident(NamedTuple):
         return linear(x, self.rows.encoder, self.rows.bias, packed=self.packed)
 
 
-def read(name: str, folder: Path, arithmetic: str) -> files.StoredDictionary:
-    """What is in a folder that the front-end has verified; it must still be the same dictionary."""
-    stored = files.load(folder)
-    if stored.card.arithmetic != arithmetic:
-        raise CorruptDictionary(f"dictionary {name!r} changed while it was being loaded")
-    return stored
-
-
 class Residents(dict[str, Resident]):
     """By name. With pipeline parallelism a worker holds those of its own sites only."""
 
@@ -65,15 +57,30 @@ class Residents(dict[str, Resident]):
         self._here = set(here)
         self._device = device
         self._by_rank = by_rank
+        self.kept_free = 0
+        """Bytes of a GPU that no dictionary may take, because the model's steps do."""
         self.banks = banks
 
     def load(self, name: str, folder: Path, arithmetic: str) -> None:
-        """As `read` and `add`."""
-        stored = read(name, folder, arithmetic)
-        self.add(name, stored.card.site, stored.dictionary)
+        """As `read` and `place`."""
+        self.place(name, self.read(name, folder, arithmetic))
 
     def add(self, name: str, site: Site, dictionary: Dictionary) -> None:
-        """DictionaryMismatch if the engine was not started with its site."""
+        """As `prepare` and `place`."""
+        self.place(name, self.prepare(name, site, dictionary))
+
+    def read(self, name: str, folder: Path, arithmetic: str) -> Resident | None:
+        """As `prepare`, of a folder that the front-end has verified; it must still be the same dictionary."""
+        stored = files.load(folder)
+        if stored.card.arithmetic != arithmetic:
+            raise CorruptDictionary(f"dictionary {name!r} changed while it was being loaded")
+        return self.prepare(name, stored.card.site, stored.dictionary)
+
+    def prepare(self, name: str, site: Site, dictionary: Dictionary) -> Resident | None:
+        """All of the work that `place` need not do, which a thread beside the model's may; None if it is not for here.
+
+        DictionaryMismatch if the engine was not started with its site, or does not serve its kind.
+        """
         if site not in self._sites:
             raise DictionaryMismatch(
                 f"dictionary {name!r} is of site {site}; this engine was started with "
@@ -85,30 +92,39 @@ class Residents(dict[str, Resident]):
                 "graphs; start the engine with enforce_eager"
             )
         number = self._sites.index(site)
-        if number in self._here:
-            self._check_memory(name, dictionary)
-            rows = FeatureRows(*(t.to(self._device).contiguous() for t in dictionary.rows))
-            self[name] = Resident(
-                number,
-                rows,
-                dictionary.k,
-                sparse=rows.bias.is_cpu and bool((rows.threshold >= 0).all()),
-                rectified=bool((rows.threshold == 0).all()),
-                packed=pack(rows.encoder),
-            )
-
-    def _check_memory(self, name: str, dictionary: Dictionary) -> None:
-        if self._device.type != "cuda":
-            return
-        needed = 4 * sum(tensor.numel() for tensor in dictionary.rows)
-        reusable = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
-            self._device
+        if number not in self._here:
+            return None
+        rows = FeatureRows(*(tensor.contiguous() for tensor in dictionary.rows))
+        on_host = self._device.type == "cpu"
+        return Resident(
+            number,
+            rows,
+            dictionary.k,
+            sparse=on_host and bool((rows.threshold >= 0).all()),
+            rectified=bool((rows.threshold == 0).all()),
+            packed=pack(rows.encoder) if on_host else None,
         )
-        free = torch.cuda.mem_get_info(self._device)[0] + reusable
-        if needed > free:
-            raise OutOfMemory(
-                f"dictionary {name!r} takes {needed >> 20} MiB of the device, {free >> 20} MiB are free"
-            )
+
+    def place(self, name: str, resident: Resident | None) -> None:
+        """Makes resident what is prepared; OutOfMemory if a GPU has no room for it beside the model's steps."""
+        if resident is None:
+            return
+        if self._device.type == "cuda":
+            needed = 4 * sum(tensor.numel() for tensor in resident.rows)
+            # What torch holds and does not use may be of a CUDA graph's own pool, or in pieces.
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(self._device)[0] - self.kept_free
+            if needed > free:
+                raise OutOfMemory(
+                    f"dictionary {name!r} takes {needed >> 20} MiB of the GPU; {max(0, free) >> 20} MiB are free beside "
+                    f"{self.kept_free >> 20} MiB for the model's steps: unload another one, or start with a smaller "
+                    "gpu_memory_utilization, which is vLLM's share"
+                )
+        try:
+            rows = FeatureRows(*(tensor.to(self._device) for tensor in resident.rows))
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"dictionary {name!r} does not fit the GPU: {error}") from error
+        self[name] = resident._replace(rows=rows)
 
     def acquire(self, features: Iterable[Feature]) -> None:
         """Gives each feature of a site of this process a slot; its rows are there before the next step."""

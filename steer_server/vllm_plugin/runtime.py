@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer_server.dictionary.site import Site
+from steer_server.vllm_plugin import encode_kernel
 from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.dense_site import DenseSite
 from steer_server.vllm_plugin.kernel_site import KernelSite
@@ -70,6 +71,7 @@ class Runtime:
             for site, bank in self.banks.items()
         }
         self._kernels = bool(kernel_rows)
+        self._d_model, self._device = d_model, device
         self.op_calls = [0] * len(sites)
         """By site number, warm-up included."""
         self._reports = reports
@@ -78,6 +80,11 @@ class Runtime:
         self._layout: Layout | None = None
         self._changed = False
         self._step: Step | None = None
+
+    def warm_up(self) -> None:
+        """Compiles the kernels that the model's own warm-up does not call; Triton's interpreter has nothing to compile."""
+        if self._kernels and self.banks and self._device.type == "cuda":
+            encode_kernel.warm_up(self._d_model, self._device)
 
     def admit(self, vllm_id: str, content: Mapping[str, Any]) -> None:
         """A request was scheduled for the first time, or again after a preemption."""
@@ -179,7 +186,7 @@ class Runtime:
                 encoded = list(reading.encode(x))
                 if self._kernels:
                     # Whether a replayed graph wrote there is told by what it left.
-                    encoded.append(x[:, 0])
+                    encoded.append(x[:, 0].clone())
                 step.encoded.append((reading, Transfer(encoded), time.perf_counter() - began))
         return step
 

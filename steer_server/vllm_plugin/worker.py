@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.config import CompilationMode
 from vllm.distributed import get_pp_group, get_tp_group
 
-from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
 from steer_server.errors import EditNotApplied, SteerError
 from steer_server.vllm_plugin import KEY, layers, op, pipeline, runner_v1, runner_v2
 from steer_server.vllm_plugin.eager import EagerModel
-from steer_server.vllm_plugin.residents import read
+from steer_server.vllm_plugin.residents import Resident
 from steer_server.vllm_plugin.runner import with_reports
 from steer_server.vllm_plugin.runtime import Runtime, Step
 from steer_server.vllm_plugin.sentinel import sentinel
@@ -60,7 +60,7 @@ class SteerWorker:
         for name, folder, arithmetic in settings.get("dictionaries", ()):
             self.steer.residents.load(name, Path(folder), arithmetic)
         self._reader = ThreadPoolExecutor(1, "steer-reader")
-        self._read: dict[str, Future[StoredDictionary]] = {}
+        self._read: dict[str, Future[Resident | None]] = {}
         op.install(self.steer, sites)
         runner = runner_v2 if self.vllm_config.use_v2_model_runner else runner_v1
         runner.attach(self.model_runner, self.steer)
@@ -71,7 +71,18 @@ class SteerWorker:
                 self.model_runner, self._end_stage, self._arrived
             )
 
+    def determine_available_memory(self) -> int:
+        if self.device.type != "cuda":
+            return super().determine_available_memory()  # type: ignore[misc]
+        # It runs the longest step there may be, whether or not its result is wanted.
+        torch.cuda.reset_peak_memory_stats(self.device)
+        available = super().determine_available_memory()  # type: ignore[misc]
+        peak = torch.cuda.max_memory_allocated(self.device)
+        self.steer.residents.kept_free = peak - torch.cuda.memory_allocated(self.device)
+        return available
+
     def compile_or_warm_up_model(self) -> Any:
+        self.steer.warm_up()
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         eager = self.model_config.enforce_eager
         if self.device.type == "cpu":
@@ -98,6 +109,9 @@ class SteerWorker:
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        if not get_pp_group().is_last_rank:
+            # Its report went with the hidden states; vLLM's empty output is one for all steps.
+            return output
         step = self.steer.end_step()
         arrived, self._arrived[:] = list(self._arrived), []
         if step is None and not arrived:
@@ -116,7 +130,9 @@ class SteerWorker:
 
     def steer_read(self, name: str, folder: str, arithmetic: str) -> None:
         """Begins to read a dictionary while the model goes on; `steer_load` makes it resident."""
-        self._read[name] = self._reader.submit(read, name, Path(folder), arithmetic)
+        self._read[name] = self._reader.submit(
+            self.steer.residents.read, name, Path(folder), arithmetic
+        )
 
     def steer_has_read(self, name: str) -> bool:
         return self._read[name].done()
@@ -124,8 +140,7 @@ class SteerWorker:
     def steer_load(self, name: str) -> list[str]:
         """Empty, or the class and text of the SteerError: vLLM passes on the text of an exception only."""
         try:
-            stored = self._read.pop(name).result()
-            self.steer.residents.add(name, stored.card.site, stored.dictionary)
+            self.steer.residents.place(name, self._read.pop(name).result())
         except SteerError as error:
             return [type(error).__name__, str(error)]
         return []

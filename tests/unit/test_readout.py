@@ -8,9 +8,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from steer_server.dictionary.dictionary import Activation, Dictionary
 from steer_server.dictionary.site import Site
 from steer_server.program import ReadOut
+from steer_server.vllm_plugin import readout
 from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.readout import Want, readings
-from steer_server.vllm_plugin.residents import Residents
+from steer_server.vllm_plugin.report import RowBlock
+from steer_server.vllm_plugin.residents import Resident, Residents
 from steer_server.vllm_plugin.transfer import Transfer
 
 D_MODEL, N_FEATURES, N_ROWS = 16, 40, 6
@@ -58,3 +60,39 @@ def test_the_strongest_of_each_row_are_listed(dictionary: Dictionary, spec: Read
         listed = slice(stop - block.counts[row], stop)
         assert_array_equal(block.features[listed], expected)
         assert_allclose(block.values[listed], f[row, expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec", [ReadOut("d", top_k=12), ReadOut("d", above=1.5), ReadOut("d", features=(0, 7, 39))]
+)
+def test_a_long_prefill_is_read_in_parts_and_the_same(
+    dictionary: Dictionary, spec: ReadOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    residents = Residents(
+        [SITE], [0], {0: Bank(4, D_MODEL, torch.device("cpu"))}, torch.device("cpu")
+    )
+    residents.add("d", SITE, dictionary)
+    (reading,) = readings([(residents["d"], Want(0, 0, spec, 1, N_ROWS))], kernels=False)
+    x = torch.randn(N_ROWS, D_MODEL)
+    encode, heights = Resident.encode, []
+
+    def measured(resident: Resident, rows: torch.Tensor) -> torch.Tensor:
+        heights.append(len(rows))
+        return encode(resident, rows)
+
+    def block() -> RowBlock:
+        return reading.block(Transfer(reading.encode(x)).wait(), np.arange(N_ROWS), 0.0)
+
+    whole = block()
+    monkeypatch.setattr(Resident, "encode", measured)
+    monkeypatch.setattr(readout, "PART_BYTES", 2 * N_FEATURES * 4)
+    parts = block()
+
+    assert_array_equal(parts.counts, whole.counts)
+    assert_array_equal(parts.features, whole.features)
+    assert (parts.active is None) == (whole.active is None)
+    if parts.active is not None:
+        assert_array_equal(parts.active, whole.active)
+    assert_allclose(parts.values, whole.values, rtol=1e-5, atol=1e-6)
+    full_width = dictionary.k if spec.features else not residents["d"].sparse
+    assert heights == ([2, 2, 1] if full_width else [])

@@ -1,8 +1,9 @@
-"""What a worker refuses after vLLM has warmed its model up."""
+"""What a worker does around vLLM's warm-up, and around what it measures of a GPU."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.config import CompilationMode
 
 from steer_server.errors import EditNotApplied
@@ -13,6 +14,9 @@ class Vllm:
     def compile_or_warm_up_model(self) -> float:
         return 1.5
 
+    def determine_available_memory(self) -> int:
+        return 7
+
 
 class Worker(SteerWorker, Vllm):
     def __init__(self, mode: CompilationMode, op_calls: list[int], device: str = "cpu") -> None:
@@ -20,7 +24,12 @@ class Worker(SteerWorker, Vllm):
         self.model_config = SimpleNamespace(enforce_eager=False)
         self.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(mode=mode))
         self.steer_sites = [0, 2]
-        self.steer = SimpleNamespace(op_calls=op_calls)
+        self.warmed_up = []
+        self.steer = SimpleNamespace(
+            op_calls=op_calls,
+            warm_up=lambda: self.warmed_up.append(True),
+            residents=SimpleNamespace(kept_free=0),
+        )
 
 
 @pytest.mark.parametrize(
@@ -46,4 +55,21 @@ def test_a_model_that_never_called_the_op_at_a_site_of_this_process_is_refused(
 def test_one_that_called_it_and_one_that_was_not_warmed_up_pass(
     mode: CompilationMode, op_calls: list[int]
 ) -> None:
-    assert Worker(mode, op_calls).compile_or_warm_up_model() == 1.5
+    worker = Worker(mode, op_calls)
+
+    assert worker.compile_or_warm_up_model() == 1.5
+    assert worker.warmed_up == [True]
+
+
+@pytest.mark.parametrize(("device", "kept_free"), [("cuda", 30), ("cpu", 0)])
+def test_what_vllms_longest_step_took_of_a_gpu_is_kept_free_of_dictionaries(
+    device: str, kept_free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = [100]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.append(50))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[-1])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    worker = Worker(CompilationMode.NONE, [1, 1, 1], device)
+
+    assert worker.determine_available_memory() == 7
+    assert worker.steer.residents.kept_free == kept_free
