@@ -181,41 +181,20 @@ def step(device: str, name: str, p: dict[str, Tensor], x: Tensor, hyper: Any) ->
 
 def compile_for_cuda(arch: int, cache: str) -> dict[str, int]:
     """Compiles what a launch of each kernel needs, down to machine code; its size by kernel. Needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
     os.environ["TRITON_CACHE_DIR"] = cache
-    sizes: dict[str, int] = {}
+    from benchmarks.kernel_resources import only_compile
 
-    class OnlyTarget:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", arch, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    def compile_only(kernel: Any, grid: Any) -> Callable[..., None]:
-        def launch(*arguments: Any, **options: Any) -> None:
-            compiled = kernel.warmup(*arguments, grid=grid, **options)
-            sizes[compiled.metadata.name] = len(compiled.asm["cubin"])
-
-        return launch
-
-    triton.runtime.driver.set_active(OnlyTarget())
-    JITFunction.__getitem__ = compile_only
+    compiled = only_compile(arch)
     from steer_server.vllm_plugin import edit_kernel, encode_kernel
 
     n, d_model = 16, 576
-    real, whole = torch.zeros(n, d_model), torch.zeros(n, d_model, dtype=torch.int32)
-    bank = edit_kernel.Bank(real, real[0], real[0], real, real[0])
-    lines = edit_kernel.Lines(whole[0], whole, *[real] * 5, whole, real, real[0], real[0])
-    out = edit_kernel.Outcome(real, real[0], real[0], whole[0], real, real)
-    hidden = real.to(torch.bfloat16)
-    edit_kernel.edit_rows(hidden, hidden.clone(), bank, lines, whole[0], whole[0], out)
+    for width in (edit_kernel.MAX_D_MODEL, d_model):
+        real, whole = torch.zeros(n, width), torch.zeros(n, width, dtype=torch.int32)
+        bank = edit_kernel.Bank(real, real[0], real[0], real, real[0])
+        lines = edit_kernel.Lines(whole[0], whole, *[real] * 5, whole, real, real[0], real[0])
+        out = edit_kernel.Outcome(real, real[0], real[0], whole[0], real, real)
+        hidden = real.to(torch.bfloat16)
+        edit_kernel.edit_rows(hidden, hidden.clone(), bank, lines, whole[0], whole[0], out)
     encode_kernel.encode_topk(real, real, real[0], real[0], 8, rows=whole[0, :n])
 
     from trainer.active_cuda import Compressed
@@ -224,7 +203,36 @@ def compile_for_cuda(arch: int, cache: str) -> dict[str, int]:
     W = torch.zeros(1, d_model, 300)
     f.pull(torch.zeros(1, n, 300), W).decode(W)
     f.sum_tokens()
-    return sizes
+    return {kernel.metadata.name: len(kernel.asm["cubin"]) for kernel in compiled}
+
+
+def compile_while_serving() -> tuple[set[str], set[str]]:
+    """What `encode_kernel.warm_up` has to be compiled, and what read-outs of all kinds do; compiles nothing."""
+    import triton
+
+    from benchmarks.kernel_resources import only_compile
+
+    asked: set[str] = set()
+
+    def ask(key: str, **rest: Any) -> bool:
+        asked.add(f"{rest['fn'].name} {key}")
+        return True
+
+    only_compile(arch=90)
+    triton.knobs.runtime.jit_cache_hook = ask
+    from steer_server.vllm_plugin import encode_kernel
+
+    d_model = 64
+    encode_kernel.warm_up(d_model, torch.device("cpu"))
+    warm = set(asked)
+    asked.clear()
+    x = torch.zeros(200, d_model)
+    for n_features in (16, 129, 4609):
+        encoder, nothing = torch.zeros(n_features, d_model), torch.zeros(n_features)
+        for first, last in ((3, 4), (0, 32), (5, 38), (0, 200)):
+            for k in (1, 16, 33, 128):
+                encode_kernel.encode_topk(x[first:last], encoder, nothing, nothing, k)
+    return warm, asked
 
 
 def whole(generator: torch.Generator, *shape: int) -> Tensor:

@@ -156,3 +156,12 @@ def test_all_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None
     trainer = {"_compress", "_dot", "_weighted_sum"}
     assert set(sizes) == {"_edit_row", "_encode_chunk", "_merge_chunks"} | trainer
     assert min(sizes.values()) > 0
+
+
+def test_once_warmed_up_no_read_out_waits_for_the_compiler() -> None:
+    with kernel_runs.process(interpret=False) as call:
+        warm, serving = call(kernel_runs.compile_while_serving)
+
+    # Few and many rows by few and many features, and the merge of few and many.
+    assert len(warm) == 6
+    assert serving == warm

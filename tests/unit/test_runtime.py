@@ -9,7 +9,8 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,12 +36,15 @@ from steer_server.errors import (
 from steer_server.generation import EditReport
 from steer_server.program import Condition, FeatureEdit, Oversize, Program, ReadOut, Scope
 from steer_server.program_json import to_json
+from steer_server.vllm_plugin import encode_kernel, readout
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.bank import Bank, Slots
 from steer_server.vllm_plugin.ledger import Ledger
 from steer_server.vllm_plugin.report import StepReport, StepResult
 from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.runtime import Runtime
+from tests.unit import pretended_gpu
+from tests.unit.pretended_gpu import PretendedGpu
 from tests.unit.strategies import (
     ARCHITECTURES,
     D_MODEL,
@@ -55,6 +59,7 @@ from tests.unit.strategies import (
 SITES = (Site("resid_post", 1), Site("resid_post", 3))
 PROMPT, VOCABULARY = 6, 5
 KERNELS = bool(os.environ.get("TRITON_INTERPRET"))
+GPU = PretendedGpu() if os.environ.get("STEER_TEST_PRETENDED_GPU") else None
 NAMES = "trjkgi"
 """Of a dictionary of each of ARCHITECTURES: tied, relu, jump_relu, top_k, gated, identity."""
 SERVED = NAMES.replace("k", "") if KERNELS else NAMES
@@ -88,12 +93,32 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
     return found
 
 
+def placed(tensor: Tensor) -> Tensor:
+    return pretended_gpu.place(tensor) if GPU else tensor
+
+
 def new_runtime(saved: dict[str, Saved]) -> Runtime:
     rows = 64 if KERNELS else 0
-    runtime = Runtime(SITES, [0, 1], D_MODEL, 64, torch.device("cpu"), kernel_rows=rows)
+    device = pretended_gpu.DEVICE if GPU else torch.device("cpu")
+    runtime = Runtime(SITES, [0, 1], D_MODEL, 64, device, kernel_rows=rows)
     for name in SERVED:
-        runtime.residents.load(name, saved[name].folder, saved[name].arithmetic)
+        load(runtime, name, saved[name])
     return runtime
+
+
+def load(runtime: Runtime, name: str, dictionary: Saved) -> None:
+    waited = len(GPU.waits) if GPU else 0
+    runtime.residents.load(name, dictionary.folder, dictionary.arithmetic)
+    if GPU:
+        # The copies of its tables.
+        assert GPU.waits[waited:] == ["to"] * 4
+        del GPU.waits[waited:]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu() -> Iterator[None]:
+    with pretended_gpu.at_work(GPU) if GPU else nullcontext():
+        yield
 
 
 @pytest.fixture
@@ -130,6 +155,8 @@ class Batch:
         return normal(hash((self.seed, name, site, position)) % 2**31, D_MODEL).float()
 
     def begin(self, rows: Sequence[tuple[str, int, int]]) -> None:
+        if GPU and not KERNELS:
+            GPU.waits.clear()
         names, starts, counts = zip(*rows, strict=True)
 
         def tokens_of(index: int):
@@ -139,6 +166,9 @@ class Batch:
 
     def end(self) -> None:
         step = self.runtime.end_step()
+        # Without the kernels a new layout is put on the device piece by piece.
+        if GPU and (KERNELS or (step is not None and not step.first)):
+            assert not GPU.waits
         if step is not None:
             report = self.said = StepReport.from_wire(self.runtime.report(step))
             self.ledger.enter(report)
@@ -153,7 +183,7 @@ class Batch:
             residual = torch.full_like(x, 0.25)
             pad = torch.full((padding, D_MODEL), 7.0)
             hidden = torch.cat([x - residual, pad])
-            self.runtime.at_site(hidden, torch.cat([residual, pad]), site)
+            self.runtime.at_site(placed(hidden), placed(torch.cat([residual, pad])), site)
             assert torch.equal(hidden[len(where) :], pad)
             for row, (name, position) in enumerate(where):
                 self.edited[name, site, position] = hidden[row] + 0.25
@@ -232,7 +262,7 @@ def programs(draw: st.DrawFn) -> Program:
     return Program(tuple(found), (), most, oversize)
 
 
-@settings(max_examples=10 if KERNELS else 100)
+@settings(max_examples=10 if KERNELS or GPU else 100)
 @given(
     asked=st.lists(programs(), min_size=1, max_size=4),
     chunk=st.integers(1, 5),
@@ -396,9 +426,17 @@ def test_a_row_computed_again_is_not_counted_beside_one_that_is_new(runtime: Run
         assert (report.tokens_in_scope, report.tokens_changed) == (rows, changed)
 
 
+@pytest.mark.parametrize("at_full_width", [False, True])
 def test_read_outs_are_of_x_before_the_edits_or_after_them(
-    runtime: Runtime, saved: dict[str, Saved]
+    runtime: Runtime,
+    saved: dict[str, Saved],
+    at_full_width: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if at_full_width:
+        # As more features than the kernel lists, of more rows than are encoded at once.
+        monkeypatch.setattr(readout, "MAX_K", 0)
+        monkeypatch.setattr(readout, "PART_BYTES", 2 * 4 * N_FEATURES)
     batch = Batch(runtime, 2)
     features = (3, 1, 5)
     program = Program(
@@ -440,6 +478,17 @@ def test_read_outs_are_of_x_before_the_edits_or_after_them(
         assert got == pytest.approx(want, rel=1e-4, abs=1e-5)
         if entry.active is not None:
             assert entry.active[i] == np.count_nonzero(f)
+
+
+@pytest.mark.skipif(not (GPU and KERNELS), reason="compiles for a GPU, which is pretended")
+def test_a_gpu_is_warmed_up_for_few_rows_and_many_and_for_few_features_and_many(
+    runtime: Runtime,
+) -> None:
+    before = encode_kernel._encode_chunk.launches
+
+    runtime.warm_up()
+
+    assert encode_kernel._encode_chunk.launches == before + 4
 
 
 def test_an_op_that_does_not_run_is_an_error_and_not_silence(runtime: Runtime) -> None:
@@ -488,7 +537,7 @@ def test_edits_too_large_for_the_model_are_left_out_and_fail_their_request(
         batch.begin([(name, 0, 2), ("fine", 1, 1)])
         x = torch.stack([batch.x(name, 0, 0), batch.x(name, 0, 1), batch.x("fine", 0, 1)])
         hidden = x.clone()
-        runtime.at_site(hidden, None, 0)
+        runtime.at_site(placed(hidden), None, 0)
         batch.end()
 
         assert torch.equal(hidden[:2], x[:2])
@@ -721,7 +770,7 @@ def test_another_dictionary_of_an_unloaded_ones_name_meets_nothing_of_it(
     batch.step([("kept", 0, 2), ("old", 0, 2)])
     # Its end is told with the coming step only.
     runtime.unload("t")
-    runtime.residents.load("t", saved[later].folder, saved[later].arithmetic)
+    load(runtime, "t", saved[later])
     runtime.forget(["old"])
     batch.admit("new", PROMPT, program)
     batch.step([("kept", 2, 2), ("new", 0, 2)])
