@@ -45,10 +45,10 @@ serve: model ## the demo's server, until Ctrl-C
 E2E := OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e -m "e2e and not prometheus and not gpu and not nightly"
 
 # To start an engine takes longer than to ask it, and no more than one core: two processes with an engine of one core each
-# are quicker than one with two. 6 GB each.
+# are quicker than one with two. 6 GB each. WITH=test-prometheus adds what is to run once the unit tests have.
 test: model corpus ## unit tests, and beside them end-to-end tests with the real model in real vLLM
 	mkdir -p build
-	@$(MAKE) --no-print-directory test-unit > build/unit-tests.log 2>&1 & unit=$$!; \
+	@$(MAKE) --no-print-directory test-unit $(WITH) > build/unit-tests.log 2>&1 & unit=$$!; \
 	$(E2E) --lane 2/2 > build/e2e-tests.log 2>&1 & second=$$!; trap 'kill $$unit $$second' INT TERM; \
 	$(E2E) --lane 1/2; first=$$?; \
 	wait $$second; second=$$?; cat build/e2e-tests.log; \
@@ -56,13 +56,14 @@ test: model corpus ## unit tests, and beside them end-to-end tests with the real
 
 test-unit: model ## what needs no engine
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not e2e and not prometheus and not gpu and not nightly"
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/unit/test_runtime.py
+	TRITON_INTERPRET=1 STEER_TEST_PRETENDED_GPU=1 $(BIN)/pytest tests/unit/test_runtime.py
 
 test-conformance: setup ## every RPC, bound and error of the API
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m conformance
 
 test-nightly: model ## what takes hours: 200 random batches, 5,000 requests, the V2 model runner, more model families
 	$(BIN)/pytest -m "nightly and not gpu"
+	STEER_TEST_PRETENDED_GPU=1 $(BIN)/pytest tests/unit/test_runtime.py
 
 test-versions: model ## the tests of the engine, what vLLM does around it, adapters and random batches with the other supported vLLM versions, each in its own environment
 	$(BIN)/python tests/versions.py

@@ -7,10 +7,10 @@ SHARED = "engine"
 
 SECONDS = {
     SHARED: 225,
-    "test_vllm_modes": 210,
     "test_paper": 180,
     "test_serve": 85,
-    "test_compiled": 80,
+    "test_compiled": 130,
+    "test_vllm_modes": 90,
     "test_parallel": 75,
     "test_lora": 35,
     "test_server": 25,

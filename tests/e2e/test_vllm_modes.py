@@ -19,15 +19,19 @@ ENGINE, AROUND, LORA, SERVE, SOAK, PARALLEL, COMPILED, PROPERTY = (
 )
 
 # Triton's interpreter is slow: these are what a change of the runner or of the kernels would break first.
-V2 = "hook[add] or hook[clamp] or tokens[short]"
+V2 = "hook[add] or tokens[short]"
 QUICK = ["-m", "not nightly"]
 
 
 @pytest.mark.parametrize(
     ("modes", "tests"),
     [
-        ("piecewise,unsalted", ["tests/e2e/vllm_modes/stale_cache.py"]),
         ("v2,kernels", [ENGINE, "-k", V2]),
+        pytest.param(
+            "piecewise,unsalted",
+            ["tests/e2e/vllm_modes/stale_cache.py"],
+            marks=pytest.mark.nightly,
+        ),
         pytest.param("async", [ENGINE, PROPERTY], marks=pytest.mark.nightly),
         pytest.param("piecewise", [COMPILED], marks=pytest.mark.nightly),
         pytest.param("v2,async", [ENGINE], marks=pytest.mark.nightly),
