@@ -64,12 +64,13 @@ test-conformance: setup ## every RPC, bound and error of the API
 test-nightly: model ## what takes hours: 200 random batches, 5,000 requests, the V2 model runner, more model families
 	$(BIN)/pytest -m "nightly and not gpu"
 	STEER_TEST_PRETENDED_GPU=1 $(BIN)/pytest tests/unit/test_runtime.py
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/unit/test_runtime.py
 
 test-versions: model ## the tests of the engine, what vLLM does around it, adapters and random batches with the other supported vLLM versions, each in its own environment
 	$(BIN)/python tests/versions.py
 
 test-prometheus: model ## a real Prometheus scrapes a real server (needs Debian's prometheus package)
-	$(BIN)/pytest -m prometheus
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m prometheus
 
 check: setup ## formatting, lint, types, import rules, protos
 	$(BIN)/ruff format --check .

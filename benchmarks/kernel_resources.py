@@ -63,8 +63,10 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     for name, width, launch in tqdm(cases, desc=f"compiling for sm_{options.arch}"):
         compiled.clear()
         launch()
-        # The first is the kernel named; a merge that may follow it does not depend on the width.
-        found.append({"kernel": name, "d_model": width} | _resources(compiled[0]))
+        found += [
+            {"case": name, "d_model": width, "kernel": each.metadata.name} | _resources(each)
+            for each in compiled
+        ]
     return {
         "date": time.strftime("%Y-%m-%d"),
         "arch": options.arch,

@@ -82,7 +82,7 @@ class ServerConfig:
     enforce_eager: bool = False
     """Run without torch.compile and CUDA graphs: slower, quicker to start."""
     kv_cache_gib: int = 4
-    """Memory of the KV cache on CPU, in GiB; on CUDA it is what vLLM's share leaves."""
+    """Memory of the KV cache on CPU, in GiB, of each process; on CUDA it is what vLLM's share leaves."""
     gpu_memory_utilization: float | None = None
     """vLLM's share of a GPU's memory, model and KV cache; the rest is for dictionaries. None: vLLM's default, 0.92 in 0.32."""
     tensor_parallel_size: int = 1
@@ -196,7 +196,7 @@ def _integer(low: int, high: int):
 def _share(key: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 < number <= 1:
         raise InvalidConfig(f"{value!r} is not a number above 0 and up to 1", field=key)

@@ -70,7 +70,7 @@ class EngineSettings:
     async_scheduling: bool | None = None
     """Schedule a step while the one before is running; None leaves it to vLLM."""
     kv_cache_gib: int = 4
-    """On CPU; on CUDA vLLM takes what its share of the memory leaves."""
+    """Of each process on CPU; on CUDA it is what vLLM's share of the memory leaves."""
     gpu_memory_utilization: float | None = None
     """vLLM's share of a GPU's memory, model and KV cache together; the rest is for dictionaries. None: vLLM's default."""
     tensor_parallel_size: int = 1
@@ -91,6 +91,7 @@ class VllmEngine:
         self._stopped = False
         self._settings = settings
         self.max_num_seqs = settings.max_num_seqs
+        self.workers = settings.tensor_parallel_size * settings.pipeline_parallel_size
         self.d_model = int(config.get_hidden_size())
         self.self_test_passed = False
         self._model_config = model_shape(config.hf_text_config)
@@ -340,4 +341,5 @@ def _set_environment(settings: EngineSettings) -> None:
     cores = sorted(os.sched_getaffinity(0))
     ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size
     shares = [",".join(map(str, cores[rank::ranks])) for rank in range(ranks)]
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(shares))
+    bound = "|".join(shares) if ranks <= len(cores) else "nobind"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bound)

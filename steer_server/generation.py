@@ -192,6 +192,8 @@ class Engine(Protocol):
     """Prompt and generated tokens together."""
     max_num_seqs: int
     """Requests computed together; more wait."""
+    workers: int
+    """Processes that have the dictionaries in memory."""
     d_model: int
     tokenizer: Tokenizer
     self_test_passed: bool

@@ -12,17 +12,17 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_fits(folder: Path, card: Card, available: int | None = None) -> None:
+def check_fits(folder: Path, card: Card, workers: int = 1, available: int | None = None) -> None:
     """OutOfMemory if the dictionary in `folder` does not fit the host; `available` bytes are free, by default as told.
 
-    It is in memory twice, here and in the engine's worker, as float32 whatever the file holds; an input scale makes
-    rows of their own here. The worker lays the encoder out once more, and on an x86 CPU again, in oneDNN's order; elsewhere
+    It is in memory here and in each of the engine's workers, as float32 whatever the file holds; an input scale makes
+    rows of their own here. A worker lays the encoder out once more, and on an x86 CPU again, in oneDNN's order; elsewhere
     this asks for more than will be taken.
     """
     widening = 4 / getattr(torch, card.dtype).itemsize
-    copies = 2 if card.input_scale == 1 else 3
+    whole = int((folder / WEIGHTS).stat().st_size * widening)
     encoder = 4 * card.d_model * card.n_features
-    needed = int((folder / WEIGHTS).stat().st_size * widening * copies) + 2 * encoder
+    needed = whole * (1 if card.input_scale == 1 else 2) + workers * (whole + 2 * encoder)
     free = available_bytes() if available is None else available
     if needed > free:
         raise OutOfMemory(

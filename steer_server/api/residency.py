@@ -42,7 +42,7 @@ class Residency:
         with registry.adding(name, field=field):
             async with self._loading:
                 check_served(card)
-                stored = await asyncio.to_thread(_read, path, card)
+                stored = await asyncio.to_thread(_read, path, card, engine.workers)
                 await engine.add_dictionary(name, stored)
             registry.add(name, stored)
             self._generations.metrics.add_dictionary(name, stored)
@@ -102,9 +102,9 @@ def _inside(path: Path, root: Path) -> bool:
     return all(part.resolve().is_relative_to(root) for part in (path, *path.iterdir()))
 
 
-def _read(path: Path, card: Card) -> StoredDictionary:
+def _read(path: Path, card: Card, workers: int) -> StoredDictionary:
     try:
-        check_fits(path, card)
+        check_fits(path, card, workers)
         return load(path)
     except OSError as error:
         raise CorruptDictionary(

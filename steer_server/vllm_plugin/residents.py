@@ -14,6 +14,9 @@ from steer_server.dictionary.site import Site
 from steer_server.errors import CorruptDictionary, DictionaryMismatch, OutOfMemory
 from steer_server.vllm_plugin.bank import Bank, Feature
 
+_SMALL = 2**20
+"""Bytes for which a GPU always has room beside a step's, as for the self-test's one direction."""
+
 
 class Resident(NamedTuple):
     """One dictionary on the worker's device."""
@@ -109,8 +112,8 @@ class Residents(dict[str, Resident]):
         """Makes resident what is prepared; OutOfMemory if a GPU has no room for it beside the model's steps."""
         if resident is None:
             return
-        if self._device.type == "cuda":
-            needed = 4 * sum(tensor.numel() for tensor in resident.rows)
+        needed = 4 * sum(tensor.numel() for tensor in resident.rows)
+        if self._device.type == "cuda" and needed >= _SMALL:
             # What torch holds and does not use may be of a CUDA graph's own pool, or in pieces.
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(self._device)[0] - self.kept_free

@@ -23,6 +23,9 @@ from steer_server.vllm_plugin.runtime import Runtime, Step
 from steer_server.vllm_plugin.sentinel import sentinel
 from steer_server.vllm_plugin.support import check_supported, use_kernels
 
+_UNMEASURED = 2**30
+"""Bytes of a GPU for what vLLM's trial step has none of: log-probabilities of a prompt, read-outs."""
+
 
 class SteerWorker:
     """Mixed in before vLLM's worker."""
@@ -74,11 +77,12 @@ class SteerWorker:
     def determine_available_memory(self) -> int:
         if self.device.type != "cuda":
             return super().determine_available_memory()  # type: ignore[misc]
-        # It runs the longest step there may be, whether or not its result is wanted.
+        # It runs a step of as many rows as there may be, whether or not its result is wanted.
         torch.cuda.reset_peak_memory_stats(self.device)
         available = super().determine_available_memory()  # type: ignore[misc]
         peak = torch.cuda.max_memory_allocated(self.device)
-        self.steer.residents.kept_free = peak - torch.cuda.memory_allocated(self.device)
+        of_a_step = peak - torch.cuda.memory_allocated(self.device)
+        self.steer.residents.kept_free = of_a_step + _UNMEASURED
         return available
 
     def compile_or_warm_up_model(self) -> Any:

@@ -80,6 +80,7 @@ class FakeEngine:
         generator = torch.Generator().manual_seed(7)
         self.max_model_len = max_model_len
         self.max_num_seqs = 8
+        self.workers = 1
         self.d_model = d_model
         self.self_test_passed = False
         self.tokenizer: Tokenizer = CharTokenizer()

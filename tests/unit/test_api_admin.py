@@ -256,6 +256,9 @@ def test_a_dictionary_that_does_not_fit_memory_is_refused_with_both_numbers(root
     check_fits(folder, halves, available=4 * size + 2 * encoder)
     with pytest.raises(OutOfMemory):
         check_fits(folder, halves, available=4 * size + 2 * encoder - 1)
+    check_fits(folder, card, workers=3, available=4 * size + 6 * encoder)
+    with pytest.raises(OutOfMemory):
+        check_fits(folder, card, workers=3, available=4 * size + 6 * encoder - 1)
 
 
 def test_free_memory_is_what_the_kernel_says_or_the_control_group_if_less(

@@ -1,6 +1,7 @@
 """The worker's runtime without a model: random batches, any packing, any chunks, any interruption.
 
-With TRITON_INTERPRET=1 the same tests run through the Triton kernels instead of plain torch.
+With TRITON_INTERPRET=1 the same tests run through the Triton kernels instead of plain torch, and with
+STEER_TEST_PRETENDED_GPU=1 on a GPU that is not there.
 """
 
 import gc
@@ -123,6 +124,9 @@ def gpu() -> Iterator[None]:
 
 @pytest.fixture
 def runtime(saved: dict[str, Saved]) -> Runtime:
+    if GPU:
+        # Of a test that failed.
+        GPU.waits.clear()
     return new_runtime(saved)
 
 

@@ -7,6 +7,7 @@ import torch
 from vllm.config import CompilationMode
 
 from steer_server.errors import EditNotApplied
+from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.worker import SteerWorker
 
 
@@ -16,6 +17,9 @@ class Vllm:
 
     def determine_available_memory(self) -> int:
         return 7
+
+    def sample_tokens(self, grammar_output: None) -> SimpleNamespace:
+        return SimpleNamespace()
 
 
 class Worker(SteerWorker, Vllm):
@@ -27,6 +31,7 @@ class Worker(SteerWorker, Vllm):
         self.warmed_up = []
         self.steer = SimpleNamespace(
             op_calls=op_calls,
+            end_step=lambda: None,
             warm_up=lambda: self.warmed_up.append(True),
             residents=SimpleNamespace(kept_free=0),
         )
@@ -61,7 +66,7 @@ def test_one_that_called_it_and_one_that_was_not_warmed_up_pass(
     assert worker.warmed_up == [True]
 
 
-@pytest.mark.parametrize(("device", "kept_free"), [("cuda", 30), ("cpu", 0)])
+@pytest.mark.parametrize(("device", "kept_free"), [("cuda", 30 + 2**30), ("cpu", 0)])
 def test_what_vllms_longest_step_took_of_a_gpu_is_kept_free_of_dictionaries(
     device: str, kept_free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,3 +78,15 @@ def test_what_vllms_longest_step_took_of_a_gpu_is_kept_free_of_dictionaries(
 
     assert worker.determine_available_memory() == 7
     assert worker.steer.residents.kept_free == kept_free
+
+
+@pytest.mark.parametrize(("last", "reports"), [(True, ["earlier"]), (False, None)])
+def test_only_the_last_stage_answers_with_the_reports(
+    last: bool, reports: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = SimpleNamespace(is_last_rank=last)
+    monkeypatch.setattr("steer_server.vllm_plugin.worker.get_pp_group", lambda: stage)
+    worker = Worker(CompilationMode.NONE, [])
+    worker._arrived = ["earlier"]
+
+    assert getattr(worker.sample_tokens(None), KEY, None) == reports
