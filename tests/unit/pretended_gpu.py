@@ -70,13 +70,13 @@ class PretendedGpu(TorchFunctionMode):
             wanted = kwargs.get("device")
             if wanted is not None and torch.device(wanted).type == "cuda":
                 kwargs["device"] = "cpu"
-                self._note(name, _WAITS)
             elif not here:
                 return func(*args, **kwargs)
             elif name in _NEVER:
                 raise TypeError(f"{name} of a tensor on {DEVICE}")
             self._check(name, tensors, args)
-            self._note(name, _WAITS)
+            if name in _WAITS:
+                self.waits.append(name)
             found = func(
                 *tree_map_only(Tensor, plain, args), **tree_map_only(Tensor, plain, kwargs)
             )
@@ -133,10 +133,6 @@ class PretendedGpu(TorchFunctionMode):
                 self.waits.append(name)
         elif away:
             raise RuntimeError(f"{name} of tensors on {DEVICE} and on the host")
-
-    def _note(self, name: str, names: set[str]) -> None:
-        if name in names:
-            self.waits.append(name)
 
 
 class Event:
