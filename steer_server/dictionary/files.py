@@ -103,14 +103,15 @@ def load(folder: Path, model_config: Mapping[str, Any] | None = None) -> StoredD
     if not (folder / CARD).is_file():
         raise CorruptDictionary(f"{folder} has no {CARD}: not a dictionary folder")
     card = Card.from_json((folder / CARD).read_text(encoding="utf-8"))
-    _check_hashes(folder, card)
+    files = _verified(folder, card)
     if model_config is not None:
         check_model(card, model_config)
-    dictionary = _dictionary(card, safetensors.torch.load_file(folder / WEIGHTS))
+    # Not mapped: a file that is overwritten in place would change the dictionary that is resident under its old hash.
+    dictionary = _dictionary(card, safetensors.torch.load(files.pop(WEIGHTS)))
     _check_self_test(card, dictionary)
-    statistics = _statistics(folder, card)
-    evidence = _evidence(folder, card.n_features)
-    curve = (folder / TRAINING).read_text(encoding="utf-8") if TRAINING in card.files else ""
+    statistics = _statistics(card, files[STATISTICS])
+    evidence = _evidence(card, files.get(EVIDENCE, b""))
+    curve = files.get(TRAINING, b"").decode()
     return StoredDictionary(folder, card, dictionary, statistics, evidence, curve)
 
 
@@ -217,8 +218,8 @@ def _dictionary(card: Card, weights: dict[str, Tensor]) -> Dictionary:
     )
 
 
-def _statistics(folder: Path, card: Card) -> FeatureStatistics:
-    table = safetensors.torch.load_file(folder / STATISTICS)
+def _statistics(card: Card, content: bytes) -> FeatureStatistics:
+    table = safetensors.torch.load(content)
     if set(table) != set(FeatureStatistics._fields):
         raise CorruptDictionary(f"{STATISTICS} of {card.name!r} holds {', '.join(sorted(table))}")
     if any(len(value) != card.n_features or not value.isfinite().all() for value in table.values()):
@@ -226,20 +227,20 @@ def _statistics(folder: Path, card: Card) -> FeatureStatistics:
     return FeatureStatistics(**table)
 
 
-def _evidence(folder: Path, n_features: int) -> dict[int, Evidence]:
-    if not (folder / EVIDENCE).exists():
-        return {}
+def _evidence(card: Card, content: bytes) -> dict[int, Evidence]:
     try:
-        with (folder / EVIDENCE).open(encoding="utf-8") as lines:
-            entries = [Evidence.from_json(line) for line in lines]
+        entries = [Evidence.from_json(line.decode()) for line in content.splitlines()]
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptDictionary(f"{folder / EVIDENCE} cannot be read: {error!r}") from error
-    if any(not 0 <= entry.feature < n_features for entry in entries):
-        raise CorruptDictionary(f"{folder / EVIDENCE} names a feature outside 0..{n_features - 1}")
+        raise CorruptDictionary(f"{EVIDENCE} of {card.name!r} cannot be read: {error!r}") from error
+    if any(not 0 <= entry.feature < card.n_features for entry in entries):
+        last = card.n_features - 1
+        raise CorruptDictionary(f"{EVIDENCE} of {card.name!r} names a feature outside 0..{last}")
     return {entry.feature: entry for entry in entries}
 
 
-def _check_hashes(folder: Path, card: Card) -> None:
+def _verified(folder: Path, card: Card) -> dict[str, bytes]:
+    """The content of the folder's files by name, which is what the card describes."""
+    found = {}
     for name in (WEIGHTS, STATISTICS):
         if name not in card.files:
             raise CorruptDictionary(f"the card of {card.name!r} has no hash of {name}")
@@ -249,8 +250,10 @@ def _check_hashes(folder: Path, card: Card) -> None:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CorruptDictionary(f"dictionary {card.name!r} lacks {name}")
-        if _sha256(path) != expected:
+        found[name] = path.read_bytes()
+        if hashlib.sha256(found[name]).hexdigest() != expected:
             raise CorruptDictionary(f"{name} of {card.name!r} is not the file its card describes")
+    return found
 
 
 def _check_self_test(card: Card, dictionary: Dictionary) -> None:

@@ -72,6 +72,16 @@ def test_evidence_and_statistics_come_back(folder: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
 
+def test_a_file_that_is_overwritten_in_place_does_not_reach_what_was_loaded(folder: Path) -> None:
+    stored = files.load(folder)
+    before = stored.dictionary.W_dec.clone()
+    with (folder / "weights.safetensors").open("r+b") as file:
+        file.seek(-4 * D_MODEL * N_FEATURES, 2)
+        file.write(bytes(4 * D_MODEL * N_FEATURES))
+
+    assert torch.equal(stored.dictionary.W_dec, before)
+
+
 def test_equal_weights_with_another_meaning_are_told_apart(folder: Path) -> None:
     card = files.load(folder).card
     others = [
