@@ -57,7 +57,7 @@ class SteerClient:
         self._activations = activations_pb2_grpc.ActivationServiceStub(self._channel)
         self._dictionaries = dictionaries_pb2_grpc.DictionaryServiceStub(self._channel)
         self._info = info_pb2_grpc.ServerInfoServiceStub(self._channel)
-        self.admin = AdminClient(self._channel, timeout)
+        self.admin = AdminClient(self._channel, self._with)
 
     async def __aenter__(self) -> Self:
         return self

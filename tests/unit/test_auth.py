@@ -103,9 +103,20 @@ async def dictionaries(service: Serving, token: str | None) -> None:
         await client.dictionaries()
 
 
+async def administer(service: Serving, token: str | None) -> None:
+    async with SteerClient(service.target, token=token, timeout=5) as client:
+        await client.admin.sessions()
+        await client.admin.watch([])
+
+
 @pytest.mark.parametrize(
     ("call", "open_to"),
-    [(generate, {"i", "io"}), (encode, {"o", "io"}), (dictionaries, {"i", "o", "io"})],
+    [
+        (generate, {"i", "io"}),
+        (encode, {"o", "io"}),
+        (dictionaries, {"i", "o", "io"}),
+        (administer, {"a"}),
+    ],
 )
 async def test_a_service_is_open_to_its_scopes_only(service: Serving, call: Callable, open_to):
     found = {name: await code_of(call(service, name)) for name in ("i", "o", "io", "a")}
