@@ -16,6 +16,7 @@ from steer_server.api.scores import score
 from steer_server.api.streams import merged, together
 from steer_server.api.wire import ResolvedRequest, read_generation, read_program
 from steer_server.errors import InvalidRequest, PromptTooLong
+from steer_server.program import Program
 
 MAX_ARMS = 8
 
@@ -27,6 +28,16 @@ async def responses(
 ) -> AsyncGenerator[_Response, None]:
     """What SteeringService.Compare returns."""
     arms = _read(generations, request)
+    # What the arms drew is scored when their generations have ended.
+    with generations.using(arm.program for arm in arms):
+        async with aclosing(_responses(generations, request_id, arms)) as found:
+            async for response in found:
+                yield response
+
+
+async def _responses(
+    generations: Generations, request_id: str, arms: Sequence[ResolvedRequest]
+) -> AsyncGenerator[_Response, None]:
     runs = [
         generations.begin("Compare", f"{request_id}:{number}", arm)
         for number, arm in enumerate(arms)
@@ -49,7 +60,7 @@ async def responses(
             f"{request_id}:{number}:score",
             arm.prompt_token_ids,
             drawn[0],
-            replace(arm.program, read_outs=()),
+            _for_scoring(arm.program, len(arm.prompt_token_ids), len(drawn[0])),
         )
         for number, arm in enumerate(arms)
     )
@@ -92,6 +103,13 @@ def _read(generations: Generations, request: steering_pb2.CompareRequest) -> lis
         for index, arm in enumerate(request.arms)
     ]
     return [first, *(replace(first, program=program) for program in programs)]
+
+
+def _for_scoring(program: Program, prompt_length: int, drawn: int) -> Program:
+    """Its edits that hold somewhere in as many tokens as were drawn, which may be fewer than asked for."""
+    rows = prompt_length + drawn
+    edits = (e for e in program.edits if e.where.holds_somewhere(rows, prompt_length))
+    return replace(program, edits=tuple(edits), read_outs=())
 
 
 def _divergence(

@@ -1,7 +1,7 @@
 """One generation from the API's side: hidden read-outs of watched features, metrics, updates, its end at a feature."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import cast
@@ -13,9 +13,10 @@ from steer_server.api import calls
 from steer_server.api.edits import op_of
 from steer_server.api.presets import Presets
 from steer_server.api.stopping import Stopper
-from steer_server.api.uses import Uses
+from steer_server.api.uses import Held, Uses
 from steer_server.api.watch import Watch
 from steer_server.api.wire import ResolvedRequest, Served
+from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import DictionaryNotFound, EditNotApplied, InvalidRequest, WrongState
 from steer_server.generation import (
     ActivationRows,
@@ -48,6 +49,17 @@ class Generations:
         self.served = Served(engine, registry, presets or Presets())
         self.watch = Watch(metrics, registry, watch)
         self.uses = Uses()
+
+    def dictionary(self, name: str) -> StoredDictionary:
+        """The dictionary of a program that has been read; one on its way out is there for the calls that use it."""
+        return self.uses.find(name) or self.registry.get(name)
+
+    @contextmanager
+    def using(self, programs: Iterable[Program]) -> Iterator[None]:
+        """Within the block the names of the programs mean what they mean now, in one generation after another."""
+        names = set[str]().union(*(program.dictionaries() for program in programs))
+        with self.uses.hold({name: self.dictionary(name) for name in names}):
+            yield
 
     def begin(
         self, rpc: str, request_id: str, request: ResolvedRequest, live: bool = False
@@ -87,8 +99,7 @@ class Run:
         self._engine = generations.engine
         self._metrics = generations.metrics
         self._watch = generations.watch
-        self._registry = generations.registry
-        self._uses = generations.uses
+        self._generations = generations
         self._rpc = rpc
         self.cached_tokens = 0
         self.revision = 0
@@ -101,8 +112,8 @@ class Run:
         self._hidden = (*watched, *self._stopper.read_outs)
         self._watched = len(watched)
         program = self._with_hidden(request.program)
-        self._dictionaries = {name: self._registry.get(name) for name in program.dictionaries()}
-        self._use = set(self._dictionaries)
+        self._dictionaries: Held = {}
+        self.use(program)
         self._programs = {0: program}
         self._generated_tokens = self._metrics.tokens.labels("generated", self.steered)
         self._l0_program, self._l0_sources = program, _l0_sources(program)
@@ -136,9 +147,9 @@ class Run:
         """The engine's outputs without the rows that nobody asked for."""
         # It may have been unloaded while the client took its time over the first response.
         for name, stored in self._dictionaries.items():
-            if not self._registry.holds(name, stored):
+            if self._generations.dictionary(name) is not stored:
                 raise DictionaryNotFound(f"dictionary {name!r} was unloaded", name=name)
-        with self._uses.hold(self._use):
+        with self._generations.uses.hold(self._dictionaries):
             async with aclosing(self._outputs()) as outputs:
                 async for output in outputs:
                     yield output
@@ -173,13 +184,17 @@ class Run:
             seconds = time.perf_counter() - self._began
             self._metrics.request_seconds.labels(self.steered).observe(seconds)
 
+    def use(self, program: Program) -> None:
+        """The dictionaries of a program that has just been read stay until the generation ends."""
+        for name in program.dictionaries():
+            self._dictionaries.setdefault(name, self._generations.dictionary(name))
+
     async def update(self, program: Program, at_index: int | None = None) -> int:
-        """Replaces the program and returns its revision; WrongState if the generation has ended.
+        """Replaces the program by one in `use` and returns its revision; WrongState if the generation has ended.
 
         It holds from the next token on, or from generated token `at_index`.
         """
         self._asked = program = self._with_hidden(program)
-        self._use |= program.dictionaries()
         with _running():
             revision = await self._engine.update(self.request_id, program, at_index)
         self._programs[revision] = program

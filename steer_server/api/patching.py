@@ -5,7 +5,7 @@ activations that the source has at the positions paired with theirs.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -16,23 +16,22 @@ from steer.v1 import steering_pb2
 from steer_server.admission import MAX_EDITS, MAX_FEATURES, MAX_ROW_BYTES
 from steer_server.api import events
 from steer_server.api.calls import require_observe
+from steer_server.api.differences import Activations, compare
 from steer_server.api.edits import check_feature, check_vocabulary
 from steer_server.api.generations import Generations
 from steer_server.api.prompts import read_prompt
 from steer_server.api.streams import together
 from steer_server.api.wire import ResolvedRequest
-from steer_server.dictionary.edits import Patch
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import EngineUnavailable, InvalidRequest, PositionOutOfRange
 from steer_server.generation import ActivationRows, Sampling, Tokenizer
-from steer_server.program import FeatureEdit, Program, ReadOut, Scope
+from steer_server.program import Program, ReadOut
 
 MAX_SETS = 256
 MAX_TOKENS = 256
 MAX_LISTED = 128
 DEFAULT_LISTED = 10
 
-_EVERYWHERE = Scope(exclude_positions=frozenset())
 _SAMPLING = Sampling(max_tokens=1, temperature=0.0, distribution=True)
 MAX_NAMED = 16_384
 """Features read by name, of a dictionary whose activations may be negative."""
@@ -43,40 +42,7 @@ class _Ran(NamedTuple):
 
     distribution: NDArray[np.float32]
     """Log-probabilities of the next token, [vocab_size]."""
-    activations: dict[int, Mapping[int, float]]
-    """By position and feature, those that are not 0."""
-
-
-class _Difference(NamedTuple):
-    """Where source and target differ, at the paired positions."""
-
-    features: list[int]
-    """Largest difference first."""
-    positions: list[int]
-    """Of the target."""
-    source: NDArray[np.float32]
-    """Activations, [positions, features]."""
-    target: NDArray[np.float32]
-
-    def edits(self, dictionary: str) -> dict[int, FeatureEdit]:
-        """By feature: carries the source's activations over, where they are others."""
-        found = {}
-        for column, feature in enumerate(self.features):
-            here = np.flatnonzero(self.source[:, column] != self.target[:, column])
-            values = tuple(
-                (self.positions[row], float(self.source[row, column])) for row in here.tolist()
-            )
-            found[feature] = FeatureEdit(dictionary, Patch(feature, values), _EVERYWHERE)
-        return found
-
-    def norms(
-        self, stored: StoredDictionary, columns_of: Mapping[int, int], features: Sequence[int]
-    ) -> NDArray[np.float64]:
-        """Lengths of what the edits add to x, [positions]; `columns_of` says where features stand."""
-        columns = [columns_of[feature] for feature in features]
-        change = (self.source - self.target)[:, columns]
-        decoder = stored.dictionary.W_dec[list(features)].double().numpy()
-        return np.linalg.norm(change @ decoder / stored.card.input_scale, axis=1)
+    activations: Activations
 
 
 async def answer(
@@ -100,29 +66,32 @@ async def answer(
 
     wanted = None if request.all_features else sorted({f for chosen in sets for f in chosen})
     read = Program(read_outs=_read_outs(request.dictionary, stored, wanted))
-    source, target = await together(
-        [run("source", source_ids, read), run("target", target_ids, read)]
-    )
-    difference = _compare(source.activations, target.activations, pairs)
-    if request.all_features:
-        sets = [difference.features, *sets]
-    columns_of = {feature: column for column, feature in enumerate(difference.features)}
-    patched = [[feature for feature in chosen if feature in columns_of] for chosen in sets]
-    _check_room(patched, generations, request.all_features)
+    # What is patched is of the dictionary that was read.
+    with generations.uses.hold({request.dictionary: stored}):
+        source, target = await together(
+            [run("source", source_ids, read), run("target", target_ids, read)]
+        )
+        difference = await asyncio.to_thread(compare, source.activations, target.activations, pairs)
+        if request.all_features:
+            sets = [difference.features, *sets]
+        differ = set(difference.features)
+        patched = [[feature for feature in chosen if feature in differ] for chosen in sets]
+        _check_room(patched, generations, request.all_features)
 
-    # Sets share features: each one's edit is made once.
-    edits = difference.edits(request.dictionary)
+        # Sets share features: each one's edit is made once.
+        together_patched = set[int]().union(*patched)
+        edits = await asyncio.to_thread(difference.edits, request.dictionary, together_patched)
 
-    async def patch(number: int, features: Sequence[int]) -> _Ran:
-        if not features:
-            return target
-        program = Program(tuple(edits[feature] for feature in features))
-        return await run(str(number), target_ids, program)
+        async def patch(number: int, features: Sequence[int]) -> _Ran:
+            if not features:
+                return target
+            program = Program(tuple(edits[feature] for feature in features))
+            return await run(str(number), target_ids, program)
 
-    ran = await together(patch(number, features) for number, features in enumerate(patched))
-    norms = await asyncio.to_thread(
-        lambda: [difference.norms(stored, columns_of, features) for features in patched]
-    )
+        ran = await together(patch(number, features) for number, features in enumerate(patched))
+        norms = await asyncio.to_thread(
+            lambda: [difference.norms(stored, features) for features in patched]
+        )
 
     def next_token(distribution: NDArray[np.float32]) -> steering_pb2.NextToken:
         return _next_token(distribution, listed, request.token_ids, engine.tokenizer)
@@ -158,50 +127,29 @@ def kl(p: NDArray[np.float32], q: NDArray[np.float32]) -> float:
 
 async def _run(generations: Generations, request_id: str, request: ResolvedRequest) -> _Ran:
     run = generations.begin("Patch", request_id, request)
-    activations: dict[int, dict[int, float]] = {}
+    parts: list[ActivationRows] = []
     distribution = None
     async with aclosing(run.outputs()) as outputs:
         async for output in outputs:
             for rows in output.activations:
-                _collect(rows, request.program.read_outs[rows.read_out], activations)
+                _check_complete(rows, request.program.read_outs[rows.read_out])
+                parts.append(rows)
             if output.distribution is not None:
                 distribution = output.distribution
     if distribution is None:
         raise EngineUnavailable("the engine returned no distribution")
-    return _Ran(distribution, dict(activations))
+    return _Ran(distribution, Activations.gather(parts))
 
 
-def _collect(rows: ActivationRows, read_out: ReadOut, found: dict[int, dict[int, float]]) -> None:
-    splits = rows.row_splits.tolist()
-    for row, position in enumerate(rows.positions.tolist()):
-        entries = slice(splits[row], splits[row + 1])
-        if read_out.above is not None and splits[row + 1] - splits[row] >= read_out.limit:
-            raise InvalidRequest(
-                f"more than {read_out.limit} features are active at position {position}; name the "
-                "features to patch",
-                field="all_features",
-            )
-        pairs = zip(rows.features[entries].tolist(), rows.values[entries].tolist(), strict=True)
-        found.setdefault(position, {}).update(pairs)
-
-
-def _compare(
-    source: Mapping[int, Mapping[int, float]],
-    target: Mapping[int, Mapping[int, float]],
-    pairs: Mapping[int, int],
-) -> _Difference:
-    """`pairs` maps target positions to source positions."""
-    positions = sorted(pairs)
-    here = [(source.get(pairs[p], {}), target.get(p, {})) for p in positions]
-    features = sorted(set().union(*(a.keys() | b.keys() for a, b in here)))
-    tables = [
-        np.array([[f.get(feature, 0.0) for feature in features] for f in side], np.float32)
-        for side in zip(*here, strict=True)
-    ]
-    size = np.abs(tables[0] - tables[1]).max(axis=0, initial=0.0)
-    order = [column for column in np.argsort(-size, kind="stable").tolist() if size[column] > 0]
-    chosen = [features[column] for column in order]
-    return _Difference(chosen, positions, tables[0][:, order], tables[1][:, order])
+def _check_complete(rows: ActivationRows, read_out: ReadOut) -> None:
+    full = np.diff(rows.row_splits) >= read_out.limit
+    if read_out.above is not None and full.any():
+        position = int(rows.positions[full.argmax()])
+        raise InvalidRequest(
+            f"more than {read_out.limit} features are active at position {position}; name the "
+            "features to patch",
+            field="all_features",
+        )
 
 
 def _read_outs(

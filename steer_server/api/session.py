@@ -210,6 +210,7 @@ class Session:
             if turn is None:
                 raise WrongState("no turn runs", field="update")
             program = self._read_update(message, turn)
+            turn.run.use(program)
         except SteerError as error:
             return [self._rejected(asked, error)]
         at_index = message.at_index if message.HasField("at_index") else None

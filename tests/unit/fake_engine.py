@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer_server.admission import check_revisions
+from steer_server.admission import check_revisions, check_scopes
 from steer_server.dictionary.edits import edit_delta
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import EditTooLarge, InvalidRequest
@@ -90,6 +90,8 @@ class FakeEngine:
         """Prompt tokens that the pretended prefix cache holds."""
         self.merge = 1
         """Steps per output, as if the reader were slow."""
+        self.ends_after = 0
+        """If set, a generation ends with this token, as if it said so."""
         self.failure: Exception | None = None
         """Raised in place of the second output."""
         self.steps: asyncio.Semaphore | None = None
@@ -149,6 +151,8 @@ class FakeEngine:
 
     async def generate(self, generation: Generation) -> AsyncGenerator[StepOutput, None]:
         state = _Running(generation, [generation.program], [0])
+        computed = generation.forced + generation.sampling.max_tokens
+        check_scopes(generation.program, state.prompt_length, computed)
         state.going.set()
         self.running[generation.request_id] = state
         try:
@@ -185,7 +189,7 @@ class FakeEngine:
         logprobs = (edited @ self._head).log_softmax(1)
         state.tokens.append(int(logprobs[-1].argmax()))
         forced = logprobs[:-1].gather(1, torch.tensor(prompt)[1:, None]) if index == 0 else None
-        done = len(state.tokens) == sampling.max_tokens
+        done = len(state.tokens) in (sampling.max_tokens, self.ends_after)
         return StepOutput(
             index,
             (state.tokens[-1],),

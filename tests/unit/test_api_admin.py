@@ -16,6 +16,7 @@ from steer.v1 import activations_pb2, admin_pb2, dictionaries_pb2, steering_pb2
 from steer_client import CallFailed, ablate, active, read_top
 from steer_server import memory
 from steer_server.api.admin import Operations
+from steer_server.api.session import SessionLimits
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.files import load, save
@@ -378,6 +379,30 @@ async def test_an_update_of_a_session_counts_as_naming(root: Path):
         error = await fails(unloads(service, "second"))
         session.cancel()
 
+    assert error.reason == "DICTIONARY_IN_USE"
+
+
+async def test_an_update_that_waits_for_its_turn_counts_as_naming(root: Path):
+    slow = SessionLimits(updates_per_second=0.01)
+    async with loading(root, limits=slow) as service:
+        await loads(service, "Second.v1")
+        service.engine.steps = asyncio.Semaphore(1)
+        session = service.steering.Session()
+        await session.write(start())
+        await session.read()
+        await session.read()
+        for number, name in enumerate((NAME, "second")):
+            update = steering_pb2.UpdateEdits(edits=[ablate((name, 3))], update_id=number)
+            await session.write(steering_pb2.SessionRequest(update=update))
+        (state,) = service.engine.running.values()
+        async with asyncio.timeout(5):
+            while not service.generations.uses.count("second"):
+                await asyncio.sleep(0.005)
+        error = await fails(unloads(service, "second"))
+        sent = len(state.programs)
+        session.cancel()
+
+    assert sent == 2, "the second update was not to be sent yet"
     assert error.reason == "DICTIONARY_IN_USE"
 
 

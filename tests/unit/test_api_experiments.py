@@ -1,5 +1,7 @@
 """Compare, Score and Patch over the wire, against what the engine's own map gives."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,52 @@ async def test_a_comparison_says_where_arms_part_and_by_how_much(running):
     assert steered.mean_logprob_change == pytest.approx(changes.mean(), abs=1e-5)
 
 
+async def test_a_comparison_that_ends_early_scores_the_edits_that_hold_in_what_was_drawn(running):
+    service, client = running
+    late = add((NAME, 2), 3, "norm", windows=[(len("hello") + 4, None)])
+    service.engine.ends_after = 2
+
+    try:
+        found = [response async for response in client.compare("hello", [[late]], max_tokens=8)]
+    finally:
+        service.engine.ends_after = 0
+
+    assert list(found[-1].divergence.logprob_changes) == [0.0, 0.0]
+
+
+async def test_a_comparison_and_a_patch_keep_their_dictionary_to_their_ends():
+    async with serving() as service, SteerClient(service.target) as client:
+        service.engine.steps = asyncio.Semaphore(0)
+        calls = [
+            asyncio.ensure_future(_all(client.compare("hello", [STEERED], max_tokens=2))),
+            asyncio.ensure_future(client.patch(SOURCE, TARGET, NAME, [[1, 2, 3]])),
+        ]
+        await _until(lambda: len(service.engine.running) == 4)
+        leaving = asyncio.ensure_future(client.admin.unload(NAME, wait=True))
+        await _until(lambda: NAME not in service.generations.registry)
+        used = service.generations.uses.count(NAME)
+        while not all(call.done() for call in calls):
+            assert NAME in service.engine._dictionaries
+            service.engine.steps.release()
+            await asyncio.sleep(0.005)
+        await asyncio.wait_for(leaving, 5)
+
+    compared, patched = (call.result() for call in calls)
+    assert used == 2
+    assert compared[-1].divergence.logprob_changes[1] != 0
+    assert patched.results[0].patched_features == 3
+
+
+async def _all(responses) -> list:
+    return [response async for response in responses]
+
+
+async def _until(condition) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 def activations(service: Serving, text: str) -> torch.Tensor:
     x = service.engine._embedding[[ord(character) for character in text]]
     return small_dictionary().dictionary.encode(x)
@@ -98,7 +146,7 @@ async def test_patching_a_set_gives_the_distribution_of_the_patched_target(runni
 
     response = await client.patch(SOURCE, TARGET, NAME, [chosen, []], token_ids=[7], top_k=5)
 
-    assert sorted(response.differing_features) >= chosen
+    assert sorted(response.differing_features) == differing
     largest = (f_source[1:] - f_target[1:]).abs().amax(dim=0)
     first = response.differing_features[0]
     assert largest[first] == max(largest[feature] for feature in response.differing_features)
