@@ -62,10 +62,19 @@ class Reading:
         """The step's requests that read here."""
         return sorted({request for request, _, _ in self._wants})
 
-    def encode(self, x: Tensor) -> Encoded:
-        """What the dictionary makes of the wanted rows of `x`, the batch in float32."""
+    def requests_at(self, chosen: NDArray[np.bool_]) -> set[int]:
+        """Those that any of the `chosen` ones among the wanted rows is of."""
+        of_row = np.repeat([request for request, _, _ in self._wants], self._lengths)
+        return set(of_row[chosen].tolist())
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The wanted rows of `x`, the batch in float32."""
         rows = self._rows
-        return self._encode(x[rows] if isinstance(rows, slice) else x.index_select(0, rows))
+        return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+    def encode(self, rows: Tensor) -> Encoded:
+        """What the dictionary makes of the wanted rows."""
+        return self._encode(rows)
 
     def block(
         self, encoded: Sequence[NDArray], position_of_row: NDArray, seconds: float

@@ -183,10 +183,11 @@ class Runtime:
                 step.missed.append(reading)
             else:
                 began = time.perf_counter()
-                encoded = list(reading.encode(x))
+                rows = reading.rows_of(x)
+                encoded = list(reading.encode(rows))
                 if self._kernels:
                     # Whether a replayed graph wrote there is told by what it left.
-                    encoded.append(x[:, 0].clone())
+                    encoded.append(rows[:, 0].clone())
                 step.encoded.append((reading, Transfer(encoded), time.perf_counter() - began))
         return step
 
@@ -216,8 +217,8 @@ class Runtime:
         positions = layout.positions(step.starts) if step.encoded else step.starts
         for reading, transfer, seconds in step.encoded:
             encoded = transfer.wait()
-            if self._kernels and np.isnan(encoded.pop()).any():
-                missed += reading.requests
+            if self._kernels:
+                missed += reading.requests_at(np.isnan(encoded.pop()))
             report.rows.append(reading.block(encoded, positions, seconds))
         report.errors += [(request, "the op did not run for a read-out") for request in missed]
         return report.to_wire()

@@ -48,7 +48,9 @@ def test_the_strongest_of_each_row_are_listed(dictionary: Dictionary, spec: Read
     (reading,) = readings([(residents["d"], Want(0, 0, spec, 1, N_ROWS))], kernels=False)
     x = torch.randn(N_ROWS, D_MODEL)
 
-    block = reading.block(Transfer(reading.encode(x)).wait(), np.arange(N_ROWS), 0.0)
+    block = reading.block(
+        Transfer(reading.encode(reading.rows_of(x))).wait(), np.arange(N_ROWS), 0.0
+    )
 
     f = dictionary.encode(x[1:]).numpy()
     assert block.active is not None
@@ -81,7 +83,9 @@ def test_a_long_prefill_is_read_in_parts_and_the_same(
         return encode(resident, rows)
 
     def block() -> RowBlock:
-        return reading.block(Transfer(reading.encode(x)).wait(), np.arange(N_ROWS), 0.0)
+        return reading.block(
+            Transfer(reading.encode(reading.rows_of(x))).wait(), np.arange(N_ROWS), 0.0
+        )
 
     whole = block()
     monkeypatch.setattr(Resident, "encode", measured)

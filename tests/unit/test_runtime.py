@@ -509,6 +509,23 @@ def test_an_op_that_does_not_run_is_an_error_and_not_silence(runtime: Runtime) -
             account.take()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_what_is_wrong_with_a_row_fails_no_read_out_of_others(runtime: Runtime) -> None:
+    batch = Batch(runtime, 7)
+    for name in ("wrong", "read"):
+        batch.admit(name, 2, Program((), (ReadOut("t", top_k=1),)))
+    batch.begin([("plain", 0, 1), ("wrong", 0, 1), ("read", 0, 2)])
+    wrong = torch.full((2, D_MODEL), torch.nan)
+    x = torch.stack([*wrong, batch.x("read", 0, 0), batch.x("read", 0, 1)])
+    runtime.at_site(placed(x), None, 0)
+    batch.end()
+
+    result = batch.accounts["read"].take()
+
+    assert result is not None
+    assert result.rows[0].positions.tolist() == [0, 1]
+
+
 def test_rows_missing_from_the_worker_fail_the_proof() -> None:
     program = Program((FeatureEdit("a", Ablate(1)),), ())
     account = Account([1] * 5, [program], token_ids=[1] * 4)
