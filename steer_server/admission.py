@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from steer_server.dictionary.edits import Patch
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.dictionary.site import Site
 from steer_server.errors import (
@@ -24,6 +25,12 @@ MAX_EDITS = 1024
 """Of a program: as many as a row of the op's tables has room for. What clients may send is for who answers them."""
 MAX_READ_OUTS = 8
 """That a client may send."""
+MAX_LISTED = 1024
+"""Positions, or tokens, of one list of a client's scope."""
+MAX_WINDOWS = 64
+MAX_PATCHED = 4096
+MAX_PLACES = 64
+"""Scopes, and lists of patched positions, that differ in a client's program."""
 MAX_FEATURES = 256
 MAX_TOP_K = 128
 MAX_ROW_BYTES = 32_768
@@ -47,7 +54,35 @@ def parse(content: Any, dictionaries: Dictionaries) -> Program:
     if len(program.read_outs) > MAX_READ_OUTS:
         count = len(program.read_outs)
         raise InvalidRequest(f"{count} read-outs; at most {MAX_READ_OUTS}", field="read_outs")
+    _check_sizes(program)
     return program
+
+
+def _check_sizes(program: Program) -> None:
+    """What its edits list, the worker goes through between two steps of the model."""
+    places = set()
+    for index, entry in enumerate(program.edits):
+        scope, path = entry.scope, f"edits[{index}]"
+        places.add(entry.where)
+        for name, listed, most in (
+            ("scope.positions", scope.positions, MAX_LISTED),
+            ("scope.token_ids", scope.token_ids, MAX_LISTED),
+            ("scope.exclude_positions", scope.exclude_positions, MAX_LISTED),
+            ("scope.exclude_token_ids", scope.exclude_token_ids, MAX_LISTED),
+            ("scope.windows", scope.windows, MAX_WINDOWS),
+            (
+                "patch.values",
+                entry.edit.values if isinstance(entry.edit, Patch) else (),
+                MAX_PATCHED,
+            ),
+        ):
+            if len(listed) > most:
+                raise InvalidRequest(f"lists {len(listed)}; at most {most}", field=f"{path}.{name}")
+    if len(places) > MAX_PLACES:
+        raise InvalidRequest(
+            f"edits at {len(places)} different sets of positions or tokens; at most {MAX_PLACES}",
+            field="edits",
+        )
 
 
 def check(program: Program, dictionaries: Dictionaries) -> None:

@@ -190,7 +190,12 @@ class FeatureEdit:
             return self
         if isinstance(edit, Patch):
             listed = Scope(positions=frozenset(position for position, _ in edit.values))
-            listed.resolve(prompt_length, field=f"{field}.patch")
+            listed = listed.resolve(prompt_length, field=f"{field}.patch")
+            if len(listed.positions) < len(edit.values):
+                raise InvalidRequest(
+                    f"names a position twice, one of them from the end of a prompt of {prompt_length} tokens",
+                    field=f"{field}.patch.positions",
+                )
             values = ((p if p >= 0 else prompt_length + p, value) for p, value in edit.values)
             edit = Patch(edit.feature, tuple(sorted(values)))
         return replace(self, edit=edit, scope=scope)

@@ -311,13 +311,18 @@ def _text(table: Mapping[str, Any], key: str, path: str) -> str:
 def _whole(value: Any, path: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidRequest(f"{value!r} is not a whole number", field=path)
+    if not -(2**31) <= value < 2**31:
+        raise InvalidRequest("is not a number of 32 bits", field=path)
     return value
 
 
 def _number(value: Any, path: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise InvalidRequest(f"{value!r} is not a number", field=path)
-    return finite(float(value), field=path)
+    try:
+        return finite(float(value), field=path)
+    except OverflowError as error:
+        raise InvalidRequest("is too large", field=path) from error
 
 
 def _truth(value: Any, path: str) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from steer.v1 import edits_pb2
 
+from steer_server.admission import MAX_LISTED, MAX_PATCHED, MAX_WINDOWS
 from steer_server.dictionary import edits as domain
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import InvalidRequest, UnknownFeature
@@ -14,10 +15,6 @@ from steer_server.registry import Registry
 from steer_server.units import Unit, finite, in_activations
 
 MAX_EDITS = 64
-MAX_LISTED = 1024
-"""Positions, or tokens, of one list of a scope."""
-MAX_WINDOWS = 64
-MAX_PATCHED = 4096
 
 
 class Limits(NamedTuple):

@@ -43,6 +43,8 @@ class Account:
     """Runs of positions taken from the prefix cache."""
     _distrusted: tuple[int, SteerError] | None = None
     """If the row at this position, or one behind it, is from there, this generation fails with the error."""
+    _failed: SteerError | None = None
+    """What it has failed with; from then on nothing else comes of it."""
     _result: StepResult | None = None
     _totals: dict[int, list[_Total]] = field(default_factory=dict)
     """By revision, then by edit."""
@@ -85,13 +87,13 @@ class Account:
         if result is not None:
             self._skipped += result.skipped
             if result.error:
-                raise EditNotApplied(result.error)
-            if result.too_large:
-                raise EditTooLarge(result.too_large)
+                self._failed = self._failed or EditNotApplied(result.error)
+            elif result.too_large:
+                self._failed = self._failed or EditTooLarge(result.too_large)
             self.limited_tokens += result.limited
             for revision, position in result.applied:
                 self.starts[revision] = position
-        self._check_cached()
+        self._check()
         return result
 
     def enter(self, tally: EditTally) -> None:
@@ -118,7 +120,7 @@ class Account:
         Rows from the prefix cache are not computed anew; the last generated token is never read by the model.
         """
         self.settle()
-        self._check_cached()
+        self._check()
         last_row = self.prompt_length + len(self.token_ids) - 1
         held = [revision for revision, start in enumerate(self.starts) if start is not None]
         reports = []
@@ -152,7 +154,9 @@ class Account:
                 expected[index] = rows
         return expected
 
-    def _check_cached(self) -> None:
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
         if self._distrusted is not None:
             position, error = self._distrusted
             if any(stop > position for _, stop in self._skipped):

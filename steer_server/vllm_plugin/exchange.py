@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason as VllmFinish
 
+from steer_server.errors import EngineUnavailable
 from steer_server.generation import (
     Finish,
     FinishReason,
@@ -54,6 +56,10 @@ def step(output: Any, index: int, forced: int, account: Account | None) -> StepO
     result = account.take() if account else None
     finish = None
     if output.finished:
+        if completion.finish_reason == str(VllmFinish.ERROR):
+            raise EngineUnavailable(
+                "vLLM ended the generation with an error of its own; see its log"
+            )
         reason = FinishReason(completion.finish_reason)
         reports = account.close() if account and reason is not FinishReason.ABORT else ()
         prompt_tokens = len(output.prompt_token_ids) - forced

@@ -31,7 +31,7 @@ FORCED = "steer_forced"
 """Beside it: how many tokens at the prompt's end count as generated."""
 DISTRIBUTION = "steer_distribution"
 """Beside it: the log-probabilities go to the account, not through vLLM's lists."""
-_OWN = {KEY, LIVE, FORCED, DISTRIBUTION}
+_BESIDE = {LIVE, FORCED, DISTRIBUTION}
 
 
 class Frontend:
@@ -88,12 +88,15 @@ class Frontend:
             raise InvalidRequest(
                 "edits and read-outs need a prompt that has come whole, not a stream"
             )
-        live, forced = bool(extra.get(LIVE)), int(extra.get(FORCED, 0))
+        if _BESIDE & extra.keys() and not isinstance(extra[KEY], Program):
+            # Text comes from clients, who could pass off edited rows of a prompt as another one's.
+            raise InvalidRequest(f"takes none of {', '.join(sorted(_BESIDE))} beside it")
+        live, forced = bool(extra.get(LIVE)), extra.get(FORCED, 0)
         length = len(request.prompt_token_ids) - forced
         program = parse(extra[KEY], self.admission.dictionaries)
         admitted = self.admission.admit(program, length)
         check_scopes(admitted.program, length, forced + (parameters.max_tokens or 1))
-        rest = {key: value for key, value in extra.items() if key not in _OWN}
+        rest = {key: value for key, value in extra.items() if key not in {KEY, *_BESIDE}}
         # vLLM gives several sequences of one request the same parameters.
         parameters = request.sampling_params = copy(parameters)
         parameters.extra_args = {**rest, KEY: {**admitted.content, "prompt_length": length}}

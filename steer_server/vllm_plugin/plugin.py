@@ -4,7 +4,8 @@ Without `STEER_DICTIONARIES` nothing changes but that a request with edits is re
 vLLM's Rust front-end, whose requests nobody could refuse, at start. With it (`name=folder`, separated by commas) every engine of the process gets the sites of those dictionaries, and requests
 carry programs as JSON: `vllm_xargs={"steer": "..."}` over HTTP, `SamplingParams(extra_args={"steer": ...})` in Python.
 A full answer has `{"steer": {"0": {"edits": [...], "activations": [...]}}}` in its `kv_transfer_params`, one entry for
-each sequence. vLLM streams have no such field; a stream whose edits were not all proved ends with an error.
+each sequence. vLLM has that field for the first of several prompts of one request, and neither in streams nor in batches of chats;
+whatever was not proved ends with an error there, too. HTTP endpoints that know no `vllm_xargs` refuse edits.
 
 `STEER_DISABLE=1` leaves vLLM alone altogether.
 

@@ -18,7 +18,7 @@ _RENAMED, _ENDED = 4096, 256
 """Keys with a name of their own, and ended requests whose last reports may still be under way."""
 
 _Key = tuple[Any, ...]
-"""What requests that share blocks have in common, their tokens aside."""
+"""What requests that share blocks have in common, their tokens and images aside."""
 
 
 @dataclass(slots=True)
@@ -26,6 +26,8 @@ class _Given:
     key: _Key
     salt: str
     account: Account
+    images: tuple[tuple[int, str], ...] = ()
+    """Where each begins, and vLLM's name of it, which the blocks behind it are told apart by."""
     unedited: int | None = None
     """The first position that is known to have been left so."""
 
@@ -43,8 +45,10 @@ class Salts:
 
     def give(self, request: EngineCoreRequest, edits: str, account: Account) -> str:
         """The `cache_salt` of a new request: the same as that of others with these `edits`, as long as none was spoilt."""
-        key = edits, *_apart(request)
-        given = self._given[request.request_id] = _Given(key, self._salt(key), account)
+        lora = request.lora_request
+        key = edits, lora and (lora.lora_name, lora.lora_path)
+        given = _Given(key, self._salt(key), account, _images(request))
+        self._given[request.request_id] = given
         return given.salt
 
     def end(self, vllm_ids: Iterable[str]) -> None:
@@ -78,7 +82,7 @@ class Salts:
                 self._secret = secrets.token_hex(16)
             else:
                 self._renamed[given.key] = secrets.token_hex(8)
-        read = given.account.tokens(0, position + 1)
+        read, seen = given.account.tokens(0, position + 1), _until(position, given)
         return [
             other.account
             for other in self._given.values()
@@ -88,14 +92,18 @@ class Salts:
             # Most differ there, and then the rest is not looked at.
             and other.account.tokens(position, position + 1) == read[-1:]
             and other.account.tokens(0, position + 1) == read
+            and _until(position, other) == seen
         ]
 
     def _salt(self, key: _Key) -> str:
         return f"{key[0]}{self._secret}{self._renamed.get(key, '')}"
 
 
-def _apart(request: EngineCoreRequest) -> _Key:
-    """What vLLM keeps blocks apart by beside tokens and salt."""
-    lora = request.lora_request
-    images = tuple(feature.identifier for feature in request.mm_features or ())
-    return (lora and (lora.lora_name, lora.lora_path), images)
+def _images(request: EngineCoreRequest) -> tuple[tuple[int, str], ...]:
+    features = request.mm_features or ()
+    return tuple(sorted((entry.mm_position.offset, entry.identifier) for entry in features))
+
+
+def _until(position: int, given: _Given) -> tuple[tuple[int, str], ...]:
+    """The images that a row at `position` has seen."""
+    return tuple(image for image in given.images if image[0] <= position)

@@ -1,14 +1,14 @@
 """What plain vLLM's front-end does for programs: starts engines with sites, admits, proves, answers."""
 
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
+from vllm.v1.engine import FinishReason
 from vllm.v1.engine.async_llm import InputStreamError
 from vllm.v1.engine.output_processor import OutputProcessor
 
@@ -17,16 +17,13 @@ from steer_server.dictionary.card import model_shape
 from steer_server.dictionary.files import check_model, check_served, load
 from steer_server.errors import InvalidRequest, SteerError, UnsupportedVllm
 from steer_server.generation import ActivationRows
-from steer_server.vllm_plugin import KEY, WORKERS
+from steer_server.vllm_plugin import KEY, WORKERS, endpoints, offline
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.frontend import Frontend, attach
 from steer_server.vllm_plugin.plugin import SLOTS
+from steer_server.vllm_plugin.support import check_supported
 
 DEFAULT_SLOTS = 1024
-_BEAM_SEARCHES = {
-    "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
-    "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
-}
 
 _next: list[Callable[[Any], None]] = []
 """At most one: what is to be done to the next OutputProcessor."""
@@ -44,7 +41,7 @@ def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str
         )
     if not folders:
         config = create()
-        _refuse_beam_search()
+        endpoints.guard()
         _attach_to_next(_refuse_programs)
         return config
     stored = {name: load(Path(folder)) for name, folder in folders.items()}
@@ -84,7 +81,9 @@ def prepare(arguments: Any, create: Callable[[], Any], folders: Mapping[str, str
     finally:
         # A caller may make a second config of them.
         vars(arguments).update(before)
-    _refuse_beam_search()
+    endpoints.guard()
+    offline.guard()
+    check_supported(config)
     shape = model_shape(config.model_config.hf_text_config)
     for entry in stored.values():
         check_model(entry.card, shape)
@@ -119,25 +118,6 @@ def _wrap_output_processor() -> None:
     OutputProcessor.__init__ = init
 
 
-def _refuse_beam_search() -> None:
-    """vLLM's beam search drops `vllm_xargs`, and with it the edits; where its HTTP server runs that is an error."""
-    for name, kind in _BEAM_SEARCHES.items():
-        loaded = sys.modules.get(name)
-        if loaded is None:
-            continue
-        request = getattr(loaded, kind)
-        convert = request.to_beam_search_params
-
-        def checked(
-            self: Any, *rest: Any, _convert: Callable[..., Any] = convert, **named: Any
-        ) -> Any:
-            if KEY in (self.vllm_xargs or {}):
-                raise VLLMValidationError("edits do not work with beam search", parameter=KEY)
-            return _convert(self, *rest, **named)
-
-        request.to_beam_search_params = checked
-
-
 def _refuse_programs(processor: Any) -> None:
     add = processor.add_request
 
@@ -158,9 +138,7 @@ def _answer(processor: Any, frontend: Frontend) -> None:
     """Admission, and with the last output of each request the proof of its edits and what it read."""
     attach(processor, frontend)
     add, process = processor.add_request, processor.process_outputs
-    kept: dict[str, list[ActivationRows]] = {}
-    ended: dict[str, dict[str, Any]] = {}
-    """By vLLM's id of a request: the reports of its sequences that have ended, by their number."""
+    answers = _Answers(processor, frontend)
 
     def add_request(request: Any, *rest: Any, **named: Any) -> None:
         try:
@@ -170,29 +148,82 @@ def _answer(processor: Any, frontend: Frontend) -> None:
 
     def process_outputs(outputs: Any, *rest: Any, **named: Any) -> Any:
         known = processor.request_states
-        states = {output.request_id: known.get(output.request_id) for output in outputs}
+        states = [(known.get(output.request_id), output.finish_reason) for output in outputs]
         result = process(outputs, *rest, **named)
-        for vllm_id, state in states.items():
-            account = frontend.accounts.get(vllm_id)
-            if account is None or state is None:
-                continue
-            try:
-                rows = kept.setdefault(vllm_id, [])
-                found = account.take()
-                rows += found.rows if found else ()
-                if vllm_id not in known:
-                    reports = ended.setdefault(_parent(state), {})
-                    reports[str(state.request_index)] = _report(account, kept.pop(vllm_id))
-                    _deliver(state, result, reports)
-            except SteerError as error:
-                _fail(state, error)
-        for vllm_id in kept.keys() - known.keys():
-            del kept[vllm_id]
-        for vllm_id in ended.keys() - processor.parent_requests.keys():
-            del ended[vllm_id]
+        answers.enter(states, result)
         return result
 
     processor.add_request, processor.process_outputs = add_request, process_outputs
+
+
+class _Answers:
+    """What is on its way to the callers."""
+
+    def __init__(self, processor: Any, frontend: Frontend) -> None:
+        self._processor = processor
+        self._frontend = frontend
+        self._rows: dict[str, list[ActivationRows]] = {}
+        """By vLLM's id of a sequence: what it has read so far."""
+        self._reports: dict[str, dict[str, Any]] = {}
+        """By vLLM's id of a request: the reports of its sequences that have ended, by their number."""
+        self._left: Any = None
+        """vLLM's result of a step that raised."""
+
+    def enter(self, states: Sequence[tuple[Any, FinishReason | None]], result: Any) -> None:
+        """A step's outputs have been made of these sequences; raises what one of an engine that is stepped failed with.
+
+        Then the other outputs, and vLLM's notice that it ends there, come with the next step's.
+        """
+        failed = None
+        for state, reason in states:
+            account = state and self._frontend.accounts.get(state.request_id)
+            if not account or _broken(reason, account):
+                continue
+            try:
+                self._enter(state, account, result)
+            except SteerError as error:
+                if state.queue is not None:
+                    _fail(state, error)
+                else:
+                    self._end(state, result)
+                    failed = failed or error
+        known = self._processor.request_states
+        for vllm_id in self._rows.keys() - known.keys():
+            del self._rows[vllm_id]
+        for vllm_id in self._reports.keys() - self._processor.parent_requests.keys():
+            del self._reports[vllm_id]
+        if self._left is not None:
+            result.request_outputs[:0] = self._left.request_outputs
+            result.reqs_to_abort[:0] = self._left.reqs_to_abort
+        self._left = None if failed is None else result
+        if failed is not None:
+            raise failed
+
+    def _end(self, state: Any, result: Any) -> None:
+        """Nothing comes of the request any more, nor of its other sequences."""
+        ids = self._processor.abort_requests([_parent(state)], internal=True)
+        result.reqs_to_abort += ids
+        result.request_outputs[:] = [
+            output
+            for output in result.request_outputs
+            if output.request_id != state.external_req_id
+        ]
+
+    def _enter(self, state: Any, account: Account, result: Any) -> None:
+        vllm_id = state.request_id
+        rows = self._rows.setdefault(vllm_id, [])
+        found = account.take()
+        rows += found.rows if found else ()
+        if vllm_id not in self._processor.request_states:
+            reports = self._reports.setdefault(_parent(state), {})
+            reports[str(state.request_index)] = _report(account, self._rows.pop(vllm_id))
+            _deliver(state, result, reports)
+
+
+def _broken(reason: FinishReason | None, account: Account) -> bool:
+    """Whether vLLM ended it itself: with an error, or before there was a token, and so before all rows of the prompt."""
+    aborted = reason is FinishReason.ABORT and not account.token_ids
+    return reason is FinishReason.ERROR or aborted
 
 
 def _report(account: Account, rows: list[ActivationRows]) -> dict[str, Any]:
@@ -228,8 +259,6 @@ def _deliver(state: Any, result: Any, reports: dict[str, Any]) -> None:
 
 def _fail(state: Any, error: SteerError) -> None:
     """Ends one request with the error in place of the output that nobody has taken yet."""
-    if state.queue is None:
-        raise error
     # vLLM hands the cause on and aborts the request.
     blamed = isinstance(error, InvalidRequest)
     state.queue.put(InputStreamError(_bad_request(error) if blamed else error))

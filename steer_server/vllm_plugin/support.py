@@ -24,8 +24,15 @@ def check_supported(config: Any) -> None:
         "KV connectors (--kv-transfer-config)": config.kv_transfer_config is not None,
         # It runs the worker's model runner, and not the worker.
         "Ray (--distributed-executor-backend ray)": parallel.distributed_executor_backend == "ray",
+        # Each rank has a scheduler, and a pipeline's stages pass each other nothing that a step's reports could go with.
+        "an external launcher (--distributed-executor-backend external_launcher)": (
+            parallel.distributed_executor_backend == "external_launcher"
+        ),
         # A draft that is rejected would have been edited, counted and reported.
         "speculative decoding": config.speculative_config is not None,
+        # Each of its steps computes the same positions again, with other tokens.
+        "diffusion language models": config.diffusion_config is not None
+        or config.model_config.is_diffusion,
         # An update would have to find the engine that has its request.
         "data parallelism inside one server; run replicas": parallel.data_parallel_size > 1,
         # A step's reports go to one of them.

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm import LLM, EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs import TokensPrompt
 
 from steer_server.dictionary.edits import Ablate, AddRelative
 from steer_server.dictionary.files import StoredDictionary
+from steer_server.errors import EditTooLarge
 from tests.e2e.helpers import IOI
 from tests.e2e.reference import Reference
 from tests.e2e.serve import Server, serving
@@ -205,6 +206,17 @@ def test_beam_search_with_edits_is_refused(steered: Server) -> None:
     assert steered.complete(IOI, use_beam_search=True, n=2)[0] == 200
 
 
+def test_an_endpoint_that_would_drop_edits_refuses_them(steered: Server) -> None:
+    asked = {"query": IOI, "items": [" Mary", " John"], "label_token_ids": [9, 10]}
+
+    refused, error = steered.post("/generative_scoring", asked | {"vllm_xargs": xargs()})
+
+    assert refused == 400
+    assert error["error"]["param"] == "steer"
+    assert "/v1/completions" in error["error"]["message"]
+    assert steered.post("/generative_scoring", asked | {"vllm_xargs": {"other": 1}})[0] == 200
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.nightly
 def test_vllms_own_python_classes_take_programs_too_whatever_was_configured_before(
@@ -235,6 +247,39 @@ def test_vllms_own_python_classes_take_programs_too_whatever_was_configured_befo
     assert tuple(output.outputs[0].token_ids) == expected.token_ids
     edits = output.kv_transfer_params["steer"]["0"]["edits"]
     assert [edit["tokens_in_scope"] for edit in edits] == [len(prompt) + 14] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.nightly
+def test_a_call_of_vllms_llm_that_fails_leaves_nothing_for_the_next_one(
+    model_path: Path,
+    random_dictionary: StoredDictionary,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STEER_DICTIONARIES", f"random={random_dictionary.folder}")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    prompt = TokensPrompt(prompt_token_ids=reference.tokenize(IOI))
+    plain = SamplingParams(max_tokens=1, temperature=0.0)
+    failing, edited = (
+        SamplingParams(
+            max_tokens=16, temperature=0.0, ignore_eos=True, extra_args={"steer": {"edits": edits}}
+        )
+        for edits in (HUGE, AS_JSON)
+    )
+
+    llm = LLM(str(model_path), dtype="float32", enforce_eager=True, max_model_len=256)
+    try:
+        with pytest.raises(EditTooLarge):
+            llm.generate([prompt] * 3, [plain, failing, edited], use_tqdm=False)
+        outputs = llm.generate(prompt, edited, use_tqdm=False)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+    (output,) = outputs
+    expected = reference.generate(prompt["prompt_token_ids"], 16, from_one(EDITS))
+    assert tuple(output.outputs[0].token_ids) == expected.token_ids
+    assert len(output.kv_transfer_params["steer"]["0"]["edits"]) == 2
 
 
 def test_steer_disable_leaves_vllm_alone() -> None:

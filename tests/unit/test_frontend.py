@@ -1,5 +1,7 @@
 """What the front-end keeps of requests that vLLM is done with."""
 
+import json
+
 import numpy as np
 import pytest
 from vllm import SamplingParams
@@ -10,7 +12,7 @@ from steer_server.errors import EditNotApplied, EditTooLarge, InvalidRequest, St
 from steer_server.program import EVERYWHERE, FeatureEdit, Program, Scope
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.account import Account
-from steer_server.vllm_plugin.frontend import LIVE, Frontend
+from steer_server.vllm_plugin.frontend import DISTRIBUTION, FORCED, LIVE, Frontend
 from steer_server.vllm_plugin.ledger import EditTally
 from steer_server.vllm_plugin.report import EditBlock, EditRuns, StepReport
 from tests.unit.serving import NAME, small_dictionary
@@ -171,6 +173,22 @@ def test_a_callers_own_salt_cannot_name_the_blocks_of_a_program() -> None:
     assert victim.cache_salt is not None
     assert victim.cache_salt.startswith(known)
     assert len(victim.cache_salt) - len(known) == 32
+
+
+@pytest.mark.parametrize("beside", [LIVE, FORCED, DISTRIBUTION])
+def test_what_only_the_server_says_of_a_program_is_refused_beside_a_clients(beside: str) -> None:
+    fleet = Fleet()
+    one, other = request("text"), request("program")
+    text = json.dumps({"edits": [{"dictionary": NAME, "feature": 1, "ablate": {}}]})
+    for item, program in ((one, text), (other, Program((FeatureEdit(NAME, Ablate(1)),)))):
+        assert item.sampling_params
+        item.sampling_params.extra_args = {KEY: program, beside: 1}
+
+    with pytest.raises(InvalidRequest, match=beside):
+        fleet.frontend.admit(one, 0, {})
+    fleet.frontend.admit(other, 0, {})
+
+    assert list(fleet.accounts) == ["program"]
 
 
 def test_a_prompt_that_comes_as_a_stream_is_refused_with_edits_and_only_then() -> None:

@@ -181,6 +181,8 @@ def test_units_are_resolved_to_activations(edit: dict[str, Any], expected: Any) 
 
 
 EDIT = {"dictionary": NAME, "feature": 3}
+SCOPED = EDIT | {"ablate": {}}
+EXCLUDED = "edits[0].scope.exclude_positions"
 
 
 @pytest.mark.parametrize(
@@ -225,6 +227,32 @@ EDIT = {"dictionary": NAME, "feature": 3}
         ({"max_relative_size": 1, "oversize": ["clamp"]}, "oversize"),
         ({"read_outs": [{"dictionary": NAME, "top_k": 1}] * 9}, "read_outs"),
         ("{", ""),
+        ({"edits": [SCOPED | {"scope": {"exclude_positions": [0, 2**63]}}]}, EXCLUDED + "[1]"),
+        ({"edits": [SCOPED | {"scope": {"windows": [[0, 2**31]]}}]}, "edits[0].scope.windows[0]"),
+        ({"edits": [EDIT | {"patch": {"values": [[2**63, 1]]}}]}, "edits[0].patch.values[0]"),
+        ({"edits": [EDIT | {"clamp": {"value": 10**400}}]}, "edits[0].clamp.value"),
+        ({"edits": [SCOPED | {"scope": {"exclude_positions": [*range(1025)]}}]}, EXCLUDED),
+        (
+            {"edits": [SCOPED | {"scope": {"positions": [*range(1025)]}}]},
+            "edits[0].scope.positions",
+        ),
+        (
+            {"edits": [SCOPED | {"scope": {"token_ids": [*range(1025)]}}]},
+            "edits[0].scope.token_ids",
+        ),
+        (
+            {"edits": [SCOPED | {"scope": {"exclude_token_ids": [*range(1025)]}}]},
+            "edits[0].scope.exclude_token_ids",
+        ),
+        (
+            {"edits": [SCOPED | {"scope": {"windows": [[i, i + 1] for i in range(65)]}}]},
+            "edits[0].scope.windows",
+        ),
+        (
+            {"edits": [EDIT | {"patch": {"values": [[i, 1] for i in range(4097)]}}]},
+            "edits[0].patch.values",
+        ),
+        ({"edits": [SCOPED | {"scope": {"positions": [i]}} for i in range(1, 66)]}, "edits"),
     ],
 )
 def test_json_that_makes_no_sense_is_refused_by_its_path(content: Any, field: str) -> None:
@@ -233,6 +261,28 @@ def test_json_that_makes_no_sense_is_refused_by_its_path(content: Any, field: st
     with pytest.raises(SteerError) as caught:
         parse(text, DICTIONARIES)
     assert caught.value.field == field
+
+
+def test_a_clients_scopes_may_list_as_much_as_is_said() -> None:
+    scopes = [{"positions": [*range(i, i + 1024)], "windows": [[1, 2]] * 64} for i in range(64)]
+    edits = [{"dictionary": NAME, "feature": i % 32, "ablate": {}} for i in range(64)]
+    patch = {"dictionary": NAME, "feature": 0, "patch": {"values": [[i, 1] for i in range(4096)]}}
+
+    program = parse(
+        {"edits": [*(e | {"scope": s} for e, s in zip(edits, scopes, strict=True))]}, DICTIONARIES
+    )
+    parse({"edits": [patch]}, DICTIONARIES)
+
+    assert len(program.edits) == 64
+
+
+def test_a_patch_that_names_a_position_from_both_ends_is_refused() -> None:
+    program = Program((FeatureEdit(NAME, Patch(1, ((4, 2.0), (-1, 1.0)))),))
+
+    with pytest.raises(InvalidRequest) as caught:
+        program.resolve(5)
+    assert caught.value.field == "edits[0].patch.positions"
+    assert program.resolve(6).edits[0].edit == Patch(1, ((4, 2.0), (5, 1.0)))
 
 
 def test_read_outs_of_watched_features_do_not_count_against_the_clients() -> None:

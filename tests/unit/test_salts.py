@@ -3,6 +3,7 @@
 import pytest
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.engine import EngineCoreRequest
 
 from steer_server.vllm_plugin import salts
@@ -23,12 +24,16 @@ class Requests:
         edits: str = "edits",
         tokens: tuple[int, ...] = (1, 2),
         lora: LoRARequest | None = None,
+        images: tuple[tuple[int, str], ...] = (),
     ) -> str:
         """The salt of a new request with a prompt of two tokens; what follows was generated."""
         one = EngineCoreRequest(
             request_id=name,
             prompt_token_ids=list(tokens[:2]),
-            mm_features=None,
+            mm_features=[
+                MultiModalFeatureSpec(None, "image", name, PlaceholderRange(offset, 1))
+                for offset, name in images
+            ],
             sampling_params=SamplingParams(),
             pooling_params=None,
             arrival_time=0.0,
@@ -92,6 +97,20 @@ def test_adapters_share_no_rows(requests: Requests) -> None:
     assert requests.spoil("a", 1) == ["c"]
     assert requests.give("d", lora=one) != spoilt
     assert requests.give("e", lora=other) == apart
+
+
+def test_of_rows_before_their_images_prompts_share_all_and_behind_them_nothing(
+    requests: Requests,
+) -> None:
+    tokens = (1, 2, 3, 4)
+    images = {"a": "x", "b": "y", "c": "x"}
+    salts = {requests.give(k, tokens=tokens, images=((2, v),)) for k, v in images.items()}
+    salts.add(requests.give("none", tokens=tokens))
+
+    assert len(salts) == 1
+    assert requests.spoil("a", 3) == ["c"]
+    assert requests.spoil("a", 1) == ["b", "c", "none"]
+    assert requests.give("d", tokens=tokens, images=((2, "z"),)) not in salts
 
 
 def test_the_late_report_of_a_request_that_was_aborted_spoils_its_salt(requests: Requests) -> None:

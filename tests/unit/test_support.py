@@ -19,6 +19,8 @@ from tests.unit.serving import small_dictionary
 
 RAY = ParallelConfig()
 RAY.distributed_executor_backend = "ray"  # Asked for at once, it would have to be installed.
+LAUNCHED = ParallelConfig()
+LAUNCHED.distributed_executor_backend = "external_launcher"
 
 
 def config(**parallel: Any) -> SimpleNamespace:
@@ -27,6 +29,8 @@ def config(**parallel: Any) -> SimpleNamespace:
         parallel_config=ParallelConfig(**parallel),
         cache_config=CacheConfig(),
         speculative_config=None,
+        diffusion_config=None,
+        model_config=SimpleNamespace(is_diffusion=False),
         kv_transfer_config=None,
     )
 
@@ -48,6 +52,9 @@ def test_one_api_server_is_served_and_several_are_refused_by_name() -> None:
         ("context parallelism", {"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, {}),
         ("context parallelism", {"prefill_context_parallel_size": 2}, {}),
         ("Ray", {}, {"parallel_config": RAY}),
+        ("an external launcher", {}, {"parallel_config": LAUNCHED}),
+        ("diffusion", {}, {"diffusion_config": object()}),
+        ("diffusion", {}, {"model_config": SimpleNamespace(is_diffusion=True)}),
         ("fast prefill", {}, {"cache_config": CacheConfig(kv_sharing_fast_prefill=True)}),
     ],
 )

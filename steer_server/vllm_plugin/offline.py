@@ -1,0 +1,34 @@
+"""vLLM's offline `LLM`: a call that ends with an error leaves nothing behind for the next one."""
+
+import functools
+import sys
+from typing import Any
+
+from steer_server.errors import SteerError
+
+_LLM = "vllm.entrypoints.llm"
+
+
+def guard() -> None:
+    """For a process that has loaded `LLM`; elsewhere it does nothing.
+
+    vLLM gives what is left of a call that raised with the outputs of the next one, in front of them.
+    """
+    loaded: Any = sys.modules.get(_LLM)
+    if loaded is None or hasattr(loaded.LLM._run_engine, "__wrapped__"):
+        return
+    run = loaded.LLM._run_engine
+
+    @functools.wraps(run)
+    def run_engine(self: Any, *rest: Any, **named: Any) -> Any:
+        try:
+            return run(self, *rest, **named)
+        except SteerError:
+            engine = self.llm_engine
+            # What else came of the step that raised.
+            left = engine.output_processor.process_outputs([])
+            engine.engine_core.abort_requests(left.reqs_to_abort)
+            engine.abort_request([*engine.output_processor.request_states], internal=True)
+            raise
+
+    loaded.LLM._run_engine = run_engine

@@ -1,0 +1,134 @@
+"""What plain vLLM's callers get of requests with programs, through vLLM's own OutputProcessor."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine.async_llm import InputStreamError
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+
+from steer_server.errors import EditTooLarge
+from steer_server.vllm_plugin import KEY
+from steer_server.vllm_plugin.frontend import Frontend
+from steer_server.vllm_plugin.report import StepReport
+from steer_server.vllm_plugin.serve import _answer
+from tests.unit.serving import NAME, small_dictionary
+from tests.unit.test_frontend import report, request
+
+PROMPT = 4
+
+
+class FrontEnd:
+    """Plain vLLM's, with one dictionary."""
+
+    def __init__(self) -> None:
+        stored = small_dictionary()
+        frontend = Frontend([stored.card.site], 8)
+        frontend.admission.add(NAME, stored)
+        self.processor = OutputProcessor(None, log_stats=False)
+        _answer(self.processor, frontend)
+
+    def send(
+        self,
+        name: str,
+        queue: RequestOutputCollector | None = None,
+        parent: ParentRequest | None = None,
+        index: int = 0,
+    ) -> None:
+        one = request(name, PROMPT)
+        one.external_req_id = parent.external_req_id if parent else name
+        assert one.sampling_params
+        one.sampling_params.detokenize = False
+        self.processor.add_request(one, None, parent, index, queue)
+
+    def step(self, names: Sequence[str], finish: FinishReason | None, *reports: StepReport) -> Any:
+        """What comes of a step in which each of them got a token, or ended without one."""
+        tokens = [] if finish else [9]
+        outputs = [EngineCoreOutput(name, tokens, finish_reason=finish) for name in names]
+        content = {"load": ([1], 0), "reports": [step.to_wire() for step in reports]}
+        outputs[0].kv_transfer_params = {KEY: content}
+        return self.processor.process_outputs(outputs)
+
+
+@pytest.fixture
+def front_end() -> FrontEnd:
+    return FrontEnd()
+
+
+async def test_what_vllm_aborts_between_two_tokens_is_proved_so_far(front_end: FrontEnd) -> None:
+    queue = RequestOutputCollector(RequestOutputKind.CUMULATIVE, "a")
+    front_end.send("a", queue)
+
+    front_end.step(["a"], None, report("a"))
+    front_end.step(["a"], FinishReason.ABORT)
+
+    output: Any = await queue.get()
+    assert output.outputs[0].finish_reason == "abort"
+    assert output.kv_transfer_params[KEY]["0"]["edits"][0]["tokens_in_scope"] == 3
+
+
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR])
+async def test_what_vllm_ends_itself_keeps_its_reason(
+    front_end: FrontEnd, reason: FinishReason
+) -> None:
+    queue = RequestOutputCollector(RequestOutputKind.CUMULATIVE, "a")
+    front_end.send("a", queue)
+
+    front_end.step(["a"], reason)
+
+    output: Any = await queue.get()
+    assert output.outputs[0].finish_reason == str(reason)
+
+
+async def test_an_end_without_all_edits_is_an_error(front_end: FrontEnd) -> None:
+    queue = RequestOutputCollector(RequestOutputKind.CUMULATIVE, "a")
+    front_end.send("a", queue)
+
+    front_end.step(["a"], None)
+    front_end.step(["a"], FinishReason.LENGTH)
+
+    with pytest.raises(InputStreamError) as ended:
+        await queue.get()
+    assert "ran on 0 tokens, its scope holds 3" in str(ended.value.cause)
+
+
+def test_of_an_engine_that_is_stepped_a_failed_request_never_comes_back_and_the_others_do(
+    front_end: FrontEnd,
+) -> None:
+    names = ["failed", "ended beside it", "other"]
+    for name in names:
+        front_end.send(name)
+    front_end.step(names, None, *map(report, names))
+    too_large = StepReport(["failed"], too_large=[(0, 2, "too large here")])
+
+    with pytest.raises(EditTooLarge, match="too large here"):
+        front_end.step(names[:2], FinishReason.LENGTH, too_large)
+    result = front_end.step([names[0], names[2]], FinishReason.LENGTH)
+
+    assert [output.request_id for output in result.request_outputs] == names[1:]
+    for output in result.request_outputs:
+        (edit,) = output.kv_transfer_params[KEY]["0"]["edits"]
+        assert edit["tokens_in_scope"] == 3
+    assert front_end.step(["failed"], None).request_outputs == []
+    assert not front_end.processor.has_unfinished_requests()
+
+
+def test_vllm_is_told_to_end_all_sequences_of_a_request_that_failed(front_end: FrontEnd) -> None:
+    whole = request("failed", PROMPT)
+    whole.external_req_id = "failed"
+    assert whole.sampling_params
+    whole.sampling_params.n = 3
+    parent, ids = ParentRequest(whole), []
+    for index in range(3):
+        name, _ = parent.get_child_info(index)
+        ids.append(name)
+        front_end.send(name, parent=parent, index=index)
+
+    with pytest.raises(EditTooLarge):
+        front_end.step(ids, None, StepReport(ids[1:2], too_large=[(0, 2, "why")]))
+
+    assert sorted(front_end.step(ids, None).reqs_to_abort) == sorted(ids)
+    assert not front_end.processor.parent_requests
