@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from vllm.config import CompilationMode
 
 from steer_client import SteerClient
 from steer_server.api.generations import Generations
@@ -14,18 +13,14 @@ from steer_server.dictionary.files import StoredDictionary
 from steer_server.engine import EngineSettings, VllmEngine
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
-from steer_server.vllm_plugin import KEY
 from tests.conftest import SITE
 from tests.e2e import lanes
-from tests.e2e.engines import started
+from tests.e2e.engines import MODES, modes_of, started
 from tests.e2e.reference import Reference
 
 # Engines of several processes share the cores, and the kernel knows best which is free. It is a part of the compile
 # cache's key, too, so that it must be the same for our engine, which would set it, and for plain vLLM.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-MODES = set(filter(None, os.environ.get("STEER_TEST_VLLM", "").split(",")))
-"""Set by test_vllm_modes.py for the processes that it starts."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,18 +47,6 @@ def _group(item: pytest.Item) -> str:
     fixtures = getattr(item, "fixturenames", ())
     shared = "engine" in fixtures and not hasattr(getattr(item, "module", None), "engine")
     return lanes.SHARED if shared else item.path.stem
-
-
-def modes_of(engine: VllmEngine) -> set[str]:
-    """The modes of vllm_modes/sitecustomize.py that vLLM runs in."""
-    config = engine._llm.vllm_config
-    on = {
-        "v2": config.use_v2_model_runner,
-        "async": config.scheduler_config.async_scheduling,
-        "kernels": bool(config.additional_config[KEY].get("kernels")),
-        "piecewise": config.compilation_config.mode == CompilationMode.VLLM_COMPILE,
-    }
-    return {name for name, is_on in on.items() if is_on}
 
 
 @pytest.fixture(scope="session")

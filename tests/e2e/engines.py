@@ -1,5 +1,6 @@
-"""Starts engines with vLLM settings that `EngineSettings` does not have."""
+"""Starts engines with vLLM settings that `EngineSettings` does not have, and says which modes vLLM runs in."""
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -7,11 +8,27 @@ from typing import Any
 
 import pytest
 from vllm import envs
+from vllm.config import CompilationMode
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.engine import EngineSettings, VllmEngine, _engine_args, _set_environment
 from steer_server.vllm_plugin import KEY
+
+MODES = set(filter(None, os.environ.get("STEER_TEST_VLLM", "").split(",")))
+"""Set by test_vllm_modes.py for the processes that it starts."""
+
+
+def modes_of(engine: VllmEngine) -> set[str]:
+    """The modes of vllm_modes/sitecustomize.py that vLLM runs in."""
+    config = engine._llm.vllm_config
+    on = {
+        "v2": config.use_v2_model_runner,
+        "async": config.scheduler_config.async_scheduling,
+        "kernels": bool(config.additional_config[KEY].get("kernels")),
+        "piecewise": config.compilation_config.mode == CompilationMode.VLLM_COMPILE,
+    }
+    return {name for name, is_on in on.items() if is_on}
 
 
 def use_cache(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -45,6 +62,7 @@ async def started(
         setattr(args, name, value)
     engine = VllmEngine(AsyncLLM.from_engine_args(args), settings)
     try:
+        assert ("v2" in modes_of(engine)) == ("v2" in MODES)
         for name, stored in dictionaries.items():
             await engine.add_dictionary(name, stored)
         yield engine

@@ -19,8 +19,7 @@ from steer_server.program import ReadOut
 from tests.conftest import SITE
 from tests.dictionaries import make_dictionary
 from tests.e2e import test_engine
-from tests.e2e.conftest import MODES, modes_of
-from tests.e2e.engines import use_cache
+from tests.e2e.engines import MODES, modes_of, use_cache
 from tests.e2e.helpers import IOI, program, run
 from tests.e2e.models import make_tiny_llama
 from tests.e2e.reference import Reference

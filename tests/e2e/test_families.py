@@ -14,6 +14,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 
+from tests.e2e.engines import MODES
 from tests.e2e.families import (
     D_MODEL,
     FAMILIES,
@@ -39,7 +40,8 @@ def vllm_in_this_process() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        # Not what vLLM would choose, which depends on whether Triton finds a device.
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int("v2" in MODES)))
         # vLLM looks at every class in a process of its own, for CUDA's sake; ten seconds each.
         patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda look: look())
         yield
@@ -115,6 +117,7 @@ def test_it_does_in_compiled_models_of_each_kind_of_output(
 
 def check(known: Known, eager: bool) -> None:
     llm = start(known.folder, eager)
+    assert llm.llm_engine.vllm_config.use_v2_model_runner == ("v2" in MODES)
     try:
         for number, (site, want) in enumerate(zip(SITES, known.by_site, strict=True)):
             got = generate(llm, number)

@@ -1,4 +1,4 @@
-"""A hundred live updates beside eight other generations: when they hold, and that they hold exactly from there."""
+"""Live updates beside other generations: when they hold, and that they hold exactly from there."""
 
 import asyncio
 import random
@@ -8,12 +8,14 @@ from steer.v1 import steering_pb2
 
 from steer_client import SteerClient, add
 from steer_server.dictionary.edits import AddRelative
+from tests.e2e.engines import MODES
 from tests.e2e.helpers import IOI
 from tests.e2e.reference import Reference
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(1200)]
 
-SESSIONS, UPDATES, TOKENS, OTHERS = 10, 10, 64, 8
+# Triton's interpreter is slow.
+SESSIONS, UPDATES, TOKENS, OTHERS = (1, 5, 24, 4) if "v2" in MODES else (10, 10, 64, 8)
 
 
 async def others(client: SteerClient) -> None:
@@ -47,7 +49,7 @@ async def updated(client: SteerClient, draw: random.Random) -> tuple[list[int], 
     raise AssertionError("the session ended without an end")
 
 
-async def test_a_hundred_updates_hold_exactly_from_the_token_they_name(
+async def test_updates_hold_exactly_from_the_token_they_name(
     client: SteerClient, reference: Reference
 ) -> None:
     draw = random.Random(0)

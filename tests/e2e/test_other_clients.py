@@ -47,7 +47,7 @@ async def run(*command: str, cwd: Path = ROOT) -> str:
     process = await asyncio.create_subprocess_exec(
         *command, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    out, err = await asyncio.wait_for(process.communicate(), 120)
+    out, err = await asyncio.wait_for(process.communicate(), 600)
     assert process.returncode == 0, err.decode()
     return out.decode()
 

@@ -12,8 +12,7 @@ from prometheus_client import REGISTRY
 
 from steer_server.engine import EngineSettings, VllmEngine
 from tests.e2e.cases import check, run_case
-from tests.e2e.conftest import MODES, modes_of
-from tests.e2e.engines import started
+from tests.e2e.engines import MODES, modes_of, started
 from tests.e2e.models import make_tiny_llama
 from tests.e2e.multi_reference import MultiReference
 from tests.e2e.random_programs import Draw, make_dictionaries

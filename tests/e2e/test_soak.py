@@ -17,8 +17,7 @@ from steer_server.errors import InvalidRequest, Overloaded
 from steer_server.generation import Generation, Sampling
 from steer_server.program import FeatureEdit, Program, ReadOut
 from tests.e2e.cases import check, run_job
-from tests.e2e.conftest import MODES
-from tests.e2e.engines import started
+from tests.e2e.engines import MODES, started
 from tests.e2e.helpers import run
 from tests.e2e.models import make_tiny_llama
 from tests.e2e.multi_reference import MultiReference

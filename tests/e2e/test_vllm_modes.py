@@ -13,35 +13,38 @@ import pytest
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(7200)]
 
 HERE = Path(__file__).parent
-ENGINE, AROUND, LORA, SERVE, SOAK, PARALLEL, COMPILED, PROPERTY = (
-    f"tests/e2e/test_{name}.py"
-    for name in "engine around lora serve soak parallel compiled property".split()
-)
+
+
+def files(names: str) -> list[str]:
+    return [f"tests/e2e/test_{name}.py" for name in names.split()]
+
 
 # Triton's interpreter is slow: these are what a change of the runner or of the kernels would break first.
-V2 = "hook[add] or tokens[short]"
+FIRST = ["-k", "hook[add] or tokens[short]"]
 QUICK = ["-m", "not nightly"]
+CHOSEN = [("v2,kernels", [*files("engine"), *FIRST])]
+NIGHTLY = [
+    ("piecewise,unsalted", ["tests/e2e/vllm_modes/stale_cache.py"]),
+    ("async", files("engine property")),
+    ("piecewise", files("compiled")),
+    ("kernels", files("engine")),
+    ("v2,async", files("engine")),
+    ("v2", files("engine")),
+    ("v2", files("parallel")),
+    ("v2", files("around lora quantised")),
+    ("v2", [*QUICK, *files("serve soak")]),
+    ("v2", [*QUICK, *files("property")]),
+    ("v2", files("loading server processes live")),
+    ("v2", files("other_clients experiments")),
+    ("v2", [*files("families"), "-k", "every_stream"]),
+    # What vLLM does on a GPU, but for CUDA graphs.
+    ("v2,piecewise", [*QUICK, *files("compiled")]),
+]
 
 
 @pytest.mark.parametrize(
     ("modes", "tests"),
-    [
-        ("v2,kernels", [ENGINE, "-k", V2]),
-        pytest.param(
-            "piecewise,unsalted",
-            ["tests/e2e/vllm_modes/stale_cache.py"],
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param("async", [ENGINE, PROPERTY], marks=pytest.mark.nightly),
-        pytest.param("piecewise", [COMPILED], marks=pytest.mark.nightly),
-        pytest.param("v2,async", [ENGINE], marks=pytest.mark.nightly),
-        pytest.param("kernels", [ENGINE], marks=pytest.mark.nightly),
-        pytest.param("v2", [ENGINE], marks=pytest.mark.nightly),
-        pytest.param("v2", [PARALLEL], marks=pytest.mark.nightly),
-        pytest.param("v2", [AROUND, LORA], marks=pytest.mark.nightly),
-        pytest.param("v2", [*QUICK, SERVE, SOAK], marks=pytest.mark.nightly),
-        pytest.param("v2", [*QUICK, PROPERTY], marks=pytest.mark.nightly),
-    ],
+    [*CHOSEN, *(pytest.param(*case, marks=pytest.mark.nightly) for case in NIGHTLY)],
 )
 def test_the_engine_is_right_in_vllms_gpu_modes(modes: str, tests: list[str]) -> None:
     paths = [str(HERE / "vllm_modes"), os.getcwd(), os.environ.get("PYTHONPATH", "")]

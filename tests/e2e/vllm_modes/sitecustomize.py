@@ -46,6 +46,11 @@ class _ActiveDriver:
     def is_active():
         return True
 
+    @staticmethod
+    def get_current_target():
+        # What torch's inductor takes for an answer: it generates C++ on CPU, and no Triton.
+        raise RuntimeError("nothing is compiled for it")
+
 
 class _InterpretedBackend:
     """What vLLM's check of Triton wants to see of a CPU backend (vllm/triton_utils/importing.py)."""
@@ -112,7 +117,8 @@ if MODES & {"v2", "kernels"}:
     os.environ["TRITON_INTERPRET"] = "1"
 if "v2" in MODES:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    # vLLM compiles some functions in eager engines, too, and inductor would ask for more of the backend than it has.
+if "v2" in MODES and "piecewise" not in MODES:
+    # vLLM compiles some functions in eager engines, too.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 if MODES:
     changes = {"vllm.platforms.cpu": _keep_config}
