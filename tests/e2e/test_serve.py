@@ -55,6 +55,13 @@ def steered(
         yield server
 
 
+@pytest.fixture
+def configured(random_dictionary: StoredDictionary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of this process have the dictionary."""
+    monkeypatch.setenv("STEER_DICTIONARIES", f"random={random_dictionary.folder}")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
 def test_without_dictionaries_a_completion_works_and_one_with_edits_is_refused_by_name(
     bare: Server,
 ) -> None:
@@ -218,15 +225,11 @@ def test_an_endpoint_that_would_drop_edits_refuses_them(steered: Server) -> None
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("configured")
 @pytest.mark.nightly
 def test_vllms_own_python_classes_take_programs_too_whatever_was_configured_before(
-    model_path: Path,
-    random_dictionary: StoredDictionary,
-    reference: Reference,
-    monkeypatch: pytest.MonkeyPatch,
+    model_path: Path, reference: Reference
 ) -> None:
-    monkeypatch.setenv("STEER_DICTIONARIES", f"random={random_dictionary.folder}")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     prompt = reference.tokenize(IOI)
     parameters = SamplingParams(
         max_tokens=16, temperature=0.0, ignore_eos=True, extra_args={"steer": {"edits": AS_JSON}}
@@ -250,15 +253,11 @@ def test_vllms_own_python_classes_take_programs_too_whatever_was_configured_befo
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("configured")
 @pytest.mark.nightly
 def test_a_call_of_vllms_llm_that_fails_leaves_nothing_for_the_next_one(
-    model_path: Path,
-    random_dictionary: StoredDictionary,
-    reference: Reference,
-    monkeypatch: pytest.MonkeyPatch,
+    model_path: Path, reference: Reference
 ) -> None:
-    monkeypatch.setenv("STEER_DICTIONARIES", f"random={random_dictionary.folder}")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     prompt = TokensPrompt(prompt_token_ids=reference.tokenize(IOI))
     plain = SamplingParams(max_tokens=1, temperature=0.0)
     failing, edited = (

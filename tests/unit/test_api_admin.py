@@ -362,14 +362,20 @@ async def test_a_wait_that_ends_early_leaves_the_dictionary_as_it_was(root: Path
         assert error.code is Code.DEADLINE_EXCEEDED
 
 
+async def turning(service: Serving):
+    """A session whose turn has a token, and waits for the next."""
+    service.engine.steps = asyncio.Semaphore(1)
+    session = service.steering.Session()
+    await session.write(start())
+    await session.read()
+    await session.read()
+    return session
+
+
 async def test_an_update_of_a_session_counts_as_naming(root: Path):
     async with loading(root) as service:
         await loads(service, "Second.v1")
-        service.engine.steps = asyncio.Semaphore(1)
-        session = service.steering.Session()
-        await session.write(start())
-        await session.read()
-        await session.read()
+        session = await turning(service)
         update = steering_pb2.UpdateEdits(edits=[ablate(("second", 3))], update_id=1)
         await session.write(steering_pb2.SessionRequest(update=update))
         (state,) = service.engine.running.values()
@@ -386,11 +392,7 @@ async def test_an_update_that_waits_for_its_turn_counts_as_naming(root: Path):
     slow = SessionLimits(updates_per_second=0.01)
     async with loading(root, limits=slow) as service:
         await loads(service, "Second.v1")
-        service.engine.steps = asyncio.Semaphore(1)
-        session = service.steering.Session()
-        await session.write(start())
-        await session.read()
-        await session.read()
+        session = await turning(service)
         for number, name in enumerate((NAME, "second")):
             update = steering_pb2.UpdateEdits(edits=[ablate((name, 3))], update_id=number)
             await session.write(steering_pb2.SessionRequest(update=update))
