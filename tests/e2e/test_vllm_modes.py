@@ -35,7 +35,7 @@ NIGHTLY = [
     ("v2", [*QUICK, *files("serve soak")]),
     ("v2", [*QUICK, *files("property")]),
     ("v2", files("loading server processes live")),
-    ("v2", files("other_clients experiments")),
+    ("v2", files("other_clients experiments trainer_served")),
     ("v2", [*files("families"), "-k", "every_stream"]),
     # What vLLM does on a GPU, but for CUDA graphs.
     ("v2,piecewise", [*QUICK, *files("compiled")]),
