@@ -35,7 +35,7 @@ _PASSING = (
     # One of these, by its body.
     "/invocations",
     # What these answer with has the edits for /inference/v1/generate, which takes them in `sampling_params.extra_args`.
-    "/render",
+    *(f"{path}/render" for path in TAKING),
     # Nothing is generated here.
     "/tokenize",
     "/v1/messages/count_tokens",

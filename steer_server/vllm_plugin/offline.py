@@ -28,7 +28,10 @@ def guard() -> None:
             # What else came of the step that raised.
             left = engine.output_processor.process_outputs([])
             engine.engine_core.abort_requests(left.reqs_to_abort)
-            engine.abort_request([*engine.output_processor.request_states], internal=True)
+            processor = engine.output_processor
+            engine.abort_request(
+                [*processor.request_states, *processor.parent_requests], internal=True
+            )
             raise
 
     loaded.LLM._run_engine = run_engine

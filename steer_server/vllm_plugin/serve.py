@@ -148,7 +148,11 @@ def _answer(processor: Any, frontend: Frontend) -> None:
 
     def process_outputs(outputs: Any, *rest: Any, **named: Any) -> Any:
         known = processor.request_states
-        states = [(known.get(output.request_id), output.finish_reason) for output in outputs]
+        # With tokens an error may yet become a stop.
+        states = [
+            (known.get(output.request_id), None if output.new_token_ids else output.finish_reason)
+            for output in outputs
+        ]
         result = process(outputs, *rest, **named)
         answers.enter(states, result)
         return result
@@ -177,7 +181,11 @@ class _Answers:
         failed = None
         for state, reason in states:
             account = state and self._frontend.accounts.get(state.request_id)
-            if not account or _broken(reason, account):
+            if not account:
+                continue
+            if _broken(reason, account):
+                # Other sequences of the request may have ended well.
+                _deliver(state, result, self._reports.get(_parent(state), {}))
                 continue
             try:
                 self._enter(state, account, result)
@@ -203,11 +211,12 @@ class _Answers:
         """Nothing comes of the request any more, nor of its other sequences."""
         ids = self._processor.abort_requests([_parent(state)], internal=True)
         result.reqs_to_abort += ids
-        result.request_outputs[:] = [
-            output
-            for output in result.request_outputs
-            if output.request_id != state.external_req_id
-        ]
+        for step in filter(None, (result, self._left)):
+            step.request_outputs[:] = [
+                output
+                for output in step.request_outputs
+                if output.request_id != state.external_req_id
+            ]
 
     def _enter(self, state: Any, account: Account, result: Any) -> None:
         vllm_id = state.request_id
@@ -250,7 +259,9 @@ def _parent(state: Any) -> str:
 
 
 def _deliver(state: Any, result: Any, reports: dict[str, Any]) -> None:
-    """Puts the reports on the request's output, if there is one, which nobody has taken yet."""
+    """Puts the reports, if any, on the request's output, if there is one, which nobody has taken yet."""
+    if not reports:
+        return
     waiting = [state.queue.output] if state.queue is not None else result.request_outputs
     for output in waiting:
         if output is not None and getattr(output, "request_id", None) == state.external_req_id:

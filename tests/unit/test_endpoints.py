@@ -48,7 +48,15 @@ def client(monkeypatch: pytest.MonkeyPatch) -> TestClient:
 
 
 @pytest.mark.parametrize(
-    "path", ["/generative_scoring", "/pooling", "/v1/systemone", "/inference/v1/generate", "/new"]
+    "path",
+    [
+        "/generative_scoring",
+        "/pooling",
+        "/v1/systemone",
+        "/inference/v1/generate",
+        "/new",
+        "/cohere/v2/chat/render",
+    ],
 )
 def test_edits_are_refused_where_nobody_would_make_them(client: TestClient, path: str) -> None:
     answer = client.post(path, content=json.dumps(EDITS))

@@ -10,7 +10,7 @@ from vllm.v1.engine.async_llm import InputStreamError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from steer_server.errors import EditTooLarge
+from steer_server.errors import EditNotApplied, EditTooLarge
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.frontend import Frontend
 from steer_server.vllm_plugin.report import StepReport
@@ -42,6 +42,8 @@ class FrontEnd:
         one.external_req_id = parent.external_req_id if parent else name
         assert one.sampling_params
         one.sampling_params.detokenize = False
+        if parent:
+            one.sampling_params.output_kind = RequestOutputKind.FINAL_ONLY
         self.processor.add_request(one, None, parent, index, queue)
 
     def step(self, names: Sequence[str], finish: FinishReason | None, *reports: StepReport) -> Any:
@@ -51,6 +53,17 @@ class FrontEnd:
         content = {"load": ([1], 0), "reports": [step.to_wire() for step in reports]}
         outputs[0].kv_transfer_params = {KEY: content}
         return self.processor.process_outputs(outputs)
+
+
+def sequences(n: int) -> tuple[ParentRequest, list[str]]:
+    """A request of `n` sequences, and vLLM's ids of them."""
+    whole = request("whole", PROMPT)
+    whole.external_req_id = "whole"
+    assert whole.sampling_params
+    whole.sampling_params.n = n
+    whole.sampling_params.output_kind = RequestOutputKind.FINAL_ONLY
+    parent = ParentRequest(whole)
+    return parent, [parent.get_child_info(index)[0] for index in range(n)]
 
 
 @pytest.fixture
@@ -116,15 +129,45 @@ def test_of_an_engine_that_is_stepped_a_failed_request_never_comes_back_and_the_
     assert not front_end.processor.has_unfinished_requests()
 
 
+def test_who_fails_a_step_later_takes_back_what_the_step_before_had_of_it(
+    front_end: FrontEnd,
+) -> None:
+    for name in ("a", "b"):
+        front_end.send(name)
+
+    with pytest.raises(EditTooLarge):
+        front_end.step(["a", "b"], None, StepReport(["a"], too_large=[(0, 2, "why")]))
+    with pytest.raises(EditTooLarge):
+        front_end.step(["b"], None, StepReport(["b"], too_large=[(0, 2, "why")]))
+
+    assert front_end.step(["b"], None).request_outputs == []
+
+
+def test_a_sequence_that_ended_well_is_proved_if_vllm_ends_another(front_end: FrontEnd) -> None:
+    parent, ids = sequences(2)
+    for index, name in enumerate(ids):
+        front_end.send(name, parent=parent, index=index)
+    front_end.step(ids[:1], None, report(ids[0]))
+    front_end.step(ids[:1], FinishReason.LENGTH)
+
+    result = front_end.step(ids[1:], FinishReason.ABORT)
+
+    (output,) = result.request_outputs
+    assert [entry.finish_reason for entry in output.outputs] == ["length", "abort"]
+    assert output.kv_transfer_params[KEY]["0"]["edits"][0]["tokens_in_scope"] == 3
+
+
+def test_an_error_with_tokens_is_proved_as_any_other_end(front_end: FrontEnd) -> None:
+    front_end.send("a")
+    output = EngineCoreOutput("a", [9], finish_reason=FinishReason.ERROR)
+
+    with pytest.raises(EditNotApplied):
+        front_end.processor.process_outputs([output])
+
+
 def test_vllm_is_told_to_end_all_sequences_of_a_request_that_failed(front_end: FrontEnd) -> None:
-    whole = request("failed", PROMPT)
-    whole.external_req_id = "failed"
-    assert whole.sampling_params
-    whole.sampling_params.n = 3
-    parent, ids = ParentRequest(whole), []
-    for index in range(3):
-        name, _ = parent.get_child_info(index)
-        ids.append(name)
+    parent, ids = sequences(3)
+    for index, name in enumerate(ids):
         front_end.send(name, parent=parent, index=index)
 
     with pytest.raises(EditTooLarge):
