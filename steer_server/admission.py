@@ -60,10 +60,8 @@ def parse(content: Any, dictionaries: Dictionaries) -> Program:
 
 def _check_sizes(program: Program) -> None:
     """What its edits list, the worker goes through between two steps of the model."""
-    places = set()
     for index, entry in enumerate(program.edits):
         scope, path = entry.scope, f"edits[{index}]"
-        places.add(entry.where)
         for name, listed, most in (
             ("scope.positions", scope.positions, MAX_LISTED),
             ("scope.token_ids", scope.token_ids, MAX_LISTED),
@@ -78,9 +76,9 @@ def _check_sizes(program: Program) -> None:
         ):
             if len(listed) > most:
                 raise InvalidRequest(f"lists {len(listed)}; at most {most}", field=f"{path}.{name}")
-    if len(places) > MAX_PLACES:
+    if len(program.groups) > MAX_PLACES:
         raise InvalidRequest(
-            f"edits at {len(places)} different sets of positions or tokens; at most {MAX_PLACES}",
+            f"edits at {len(program.groups)} different sets of positions or tokens; at most {MAX_PLACES}",
             field="edits",
         )
 

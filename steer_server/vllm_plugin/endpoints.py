@@ -66,7 +66,7 @@ def guard() -> None:
 
 def _refuse_beam_search(request: Any) -> None:
     convert = request.to_beam_search_params
-    if hasattr(convert, "__wrapped__"):
+    if hasattr(convert, "_steer"):
         return
 
     @functools.wraps(convert)
@@ -75,6 +75,7 @@ def _refuse_beam_search(request: Any) -> None:
             raise VLLMValidationError("edits do not work with beam search", parameter=KEY)
         return convert(self, *rest, **named)
 
+    checked._steer = True  # type: ignore[attr-defined]
     request.to_beam_search_params = checked
 
 

@@ -32,6 +32,7 @@ FORCED = "steer_forced"
 DISTRIBUTION = "steer_distribution"
 """Beside it: the log-probabilities go to the account, not through vLLM's lists."""
 _BESIDE = {LIVE, FORCED, DISTRIBUTION}
+_OWN = {KEY, *_BESIDE}
 
 
 class Frontend:
@@ -96,7 +97,7 @@ class Frontend:
         program = parse(extra[KEY], self.admission.dictionaries)
         admitted = self.admission.admit(program, length)
         check_scopes(admitted.program, length, forced + (parameters.max_tokens or 1))
-        rest = {key: value for key, value in extra.items() if key not in {KEY, *_BESIDE}}
+        rest = {key: value for key, value in extra.items() if key not in _OWN}
         # vLLM gives several sequences of one request the same parameters.
         parameters = request.sampling_params = copy(parameters)
         parameters.extra_args = {**rest, KEY: {**admitted.content, "prompt_length": length}}

@@ -15,7 +15,7 @@ def guard() -> None:
     vLLM gives what is left of a call that raised with the outputs of the next one, in front of them.
     """
     loaded: Any = sys.modules.get(_LLM)
-    if loaded is None or hasattr(loaded.LLM._run_engine, "__wrapped__"):
+    if loaded is None or hasattr(loaded.LLM._run_engine, "_steer"):
         return
     run = loaded.LLM._run_engine
 
@@ -24,14 +24,14 @@ def guard() -> None:
         try:
             return run(self, *rest, **named)
         except SteerError:
-            engine = self.llm_engine
+            engine, processor = self.llm_engine, self.llm_engine.output_processor
             # What else came of the step that raised.
-            left = engine.output_processor.process_outputs([])
+            left = processor.process_outputs([])
             engine.engine_core.abort_requests(left.reqs_to_abort)
-            processor = engine.output_processor
             engine.abort_request(
                 [*processor.request_states, *processor.parent_requests], internal=True
             )
             raise
 
+    run_engine._steer = True  # type: ignore[attr-defined]
     loaded.LLM._run_engine = run_engine

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.engines import MODES
 from tests.e2e.helpers import IOI
 
 pytestmark = pytest.mark.e2e
@@ -47,7 +48,7 @@ async def run(*command: str, cwd: Path = ROOT) -> str:
     process = await asyncio.create_subprocess_exec(
         *command, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    out, err = await asyncio.wait_for(process.communicate(), 600)
+    out, err = await asyncio.wait_for(process.communicate(), 600 if "v2" in MODES else 120)
     assert process.returncode == 0, err.decode()
     return out.decode()
 
