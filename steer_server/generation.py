@@ -152,11 +152,16 @@ class Tokenizer(Protocol):
         """Whether the model has a chat template."""
         ...
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
+    @property
+    def max_token_length(self) -> int:
+        """Characters; no token of the vocabulary has more."""
+        ...
+
+    async def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of a text, with the special tokens that the tokenizer adds by itself, or without."""
         ...
 
-    def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
+    async def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
         """Messages (role, content) by the model's chat template; InvalidRequest if it refuses them.
 
         The model is to begin a message of its own, or to go on with the last one.

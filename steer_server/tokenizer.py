@@ -1,6 +1,9 @@
 """The model's tokenizer, as the API sees it."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -10,23 +13,43 @@ from steer_server.errors import InvalidRequest
 
 
 class ModelTokenizer:
-    """The real `generation.Tokenizer`, around one of transformers."""
+    """The real `generation.Tokenizer`, around one of vLLM's.
+
+    Long texts take seconds, and no two threads may use one tokenizer: what encodes is a copy in a thread of its own.
+    """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+        self.max_token_length: int = tokenizer.max_chars_per_token
         self._tokenizer = tokenizer
+        self._encoder = deepcopy(tokenizer)
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
         self._piece = lru_cache(maxsize=65536)(lambda token: tokenizer.decode([token]))
 
     @property
     def chats(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=special)
+    async def encode(self, text: str, special: bool = True) -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._encode, text, special)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
+    async def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._chat, messages, continue_last)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        return [self._piece(token) for token in token_ids]
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return self._encoder.encode(text, add_special_tokens=special)
+
+    def _chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self._encoder.apply_chat_template(
                 list(messages),
                 tokenize=False,
                 add_generation_prompt=not continue_last,
@@ -36,10 +59,4 @@ class ModelTokenizer:
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise InvalidRequest(f"the model's chat template refuses it: {error}") from error
         # The template has put in the special tokens.
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-
-    def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        return [self._piece(token) for token in token_ids]
+        return self._encode(text, False)

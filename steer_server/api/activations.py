@@ -48,7 +48,7 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
         self, request: activations_pb2.EncodeRequest, context: _Context
     ) -> AsyncGenerator[activations_pb2.EncodeResponse, None]:
         engine = self._generations.engine
-        resolved = read_encode(request, engine, self._generations.registry)
+        resolved = await read_encode(request, engine, self._generations.registry)
         run = self._generations.begin("Encode", request_id(), resolved)
         tokens = events.prompt_tokens(resolved.prompt_token_ids, engine.tokenizer)
         yield activations_pb2.EncodeResponse(tokens=tokens)
@@ -62,10 +62,10 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
     async def Inspect(
         self, request: activations_pb2.InspectRequest, context: _Context
     ) -> activations_pb2.InspectResponse:
-        stored = self._generations.registry.get(request.dictionary, field="dictionary")
         name = _aggregate(request.aggregate)
         top_k = _top_k(request.top_k)
-        sets = {"prompts": self._prompts(request.prompts, "prompts")}
+        sets = {"prompts": await self._prompts(request.prompts, "prompts")}
+        stored = self._generations.registry.get(request.dictionary, field="dictionary")
         (found,) = await self._aggregate(
             "Inspect", sets, request.dictionary, stored, request.include_first
         )
@@ -79,7 +79,6 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
     async def Contrast(
         self, request: activations_pb2.ContrastRequest, context: _Context
     ) -> activations_pb2.ContrastResponse:
-        stored = self._generations.registry.get(request.dictionary, field="dictionary")
         name = _aggregate(request.aggregate)
         if name == "sum":
             raise InvalidRequest(
@@ -87,8 +86,10 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
             )
         top_k = _top_k(request.top_k)
         sets = {
-            side: self._prompts(getattr(request, side), side) for side in ("positive", "negative")
+            side: await self._prompts(getattr(request, side), side)
+            for side in ("positive", "negative")
         }
+        stored = self._generations.registry.get(request.dictionary, field="dictionary")
         positive, negative = await self._aggregate(
             "Contrast", sets, request.dictionary, stored, request.include_first
         )
@@ -143,12 +144,14 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
                 found.append(entry)
         return found
 
-    def _prompts(self, messages: Sequence[prompt_pb2.Prompt], path: str) -> list[tuple[int, ...]]:
+    async def _prompts(
+        self, messages: Sequence[prompt_pb2.Prompt], path: str
+    ) -> list[tuple[int, ...]]:
         if not 1 <= len(messages) <= MAX_PROMPTS:
             raise InvalidRequest(f"{len(messages)} texts; 1 to {MAX_PROMPTS}", field=path)
         engine = self._generations.engine
         return [
-            read_prompt(message, engine, f"{path}[{index}]")
+            await read_prompt(message, engine, f"{path}[{index}]")
             for index, message in enumerate(messages)
         ]
 

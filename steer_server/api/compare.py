@@ -27,7 +27,7 @@ async def responses(
     generations: Generations, request_id: str, request: steering_pb2.CompareRequest
 ) -> AsyncGenerator[_Response, None]:
     """What SteeringService.Compare returns."""
-    arms = _read(generations, request)
+    arms = await _read(generations, request)
     # What the arms drew is scored when their generations have ended.
     with generations.using(arm.program for arm in arms):
         async with aclosing(_responses(generations, request_id, arms)) as found:
@@ -72,14 +72,16 @@ async def _responses(
         yield _Response(arm=number, divergence=divergence)
 
 
-def _read(generations: Generations, request: steering_pb2.CompareRequest) -> list[ResolvedRequest]:
+async def _read(
+    generations: Generations, request: steering_pb2.CompareRequest
+) -> list[ResolvedRequest]:
     """The arms, the first one first, all with the same seed."""
     served = generations.served
     if not request.HasField("generation"):
         raise InvalidRequest("required", field="generation")
     if not 1 <= len(request.arms) <= MAX_ARMS:
         raise InvalidRequest(f"{len(request.arms)} arms; 1 to {MAX_ARMS}", field="arms")
-    first = read_generation(request.generation, served, "generation")
+    first = await read_generation(request.generation, served, "generation")
     length, sampling = len(first.prompt_token_ids), first.sampling
     # The first arm's text is read once more, with room for a token.
     room = served.engine.max_model_len - length - 1

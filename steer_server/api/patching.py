@@ -52,9 +52,9 @@ async def answer(
     engine = generations.engine
     # Which features differ tells of the texts what activations do.
     require_observe("dictionary")
+    source_ids = await read_prompt(request.source, engine, "source")
+    target_ids = await read_prompt(request.target, engine, "target")
     stored = generations.registry.get(request.dictionary, field="dictionary")
-    source_ids = read_prompt(request.source, engine, "source")
-    target_ids = read_prompt(request.target, engine, "target")
     pairs = _read_pairs(request.positions, len(source_ids), len(target_ids))
     sets = _read_sets(request, stored)
     check_vocabulary(request.token_ids, engine.tokenizer.vocab_size, "token_ids")

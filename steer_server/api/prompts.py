@@ -6,7 +6,7 @@ from steer.v1 import prompt_pb2, steering_pb2
 
 from steer_server.api.edits import check_vocabulary
 from steer_server.errors import InvalidRequest, PromptTooLong, UnsupportedModel
-from steer_server.generation import Engine, Tokenizer
+from steer_server.generation import Engine
 
 MAX_MESSAGES = 1024
 
@@ -18,26 +18,27 @@ _ROLES = {
 }
 
 
-def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> tuple[int, ...]:
+async def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> tuple[int, ...]:
     """The prompt's token ids: at least one, and fewer than the model's context holds."""
     tokenizer = engine.tokenizer
     match message.WhichOneof("content"):
         case "text":
             where = f"{path}.text"
-            ids = tokenizer.encode(message.text) if message.text else []
+            _check_length(len(message.text), engine, where)
+            ids = await tokenizer.encode(message.text) if message.text else []
         case "token_ids":
             where = f"{path}.token_ids.ids"
             ids = message.token_ids.ids
             check_vocabulary(ids, tokenizer.vocab_size, where)
         case "chat":
             where = f"{path}.chat"
-            ids = _read_chat(message.chat, tokenizer, where)
+            ids = await _read_chat(message.chat, engine, where)
         case _:
             raise InvalidRequest("required: set text, token_ids or chat", field=path)
     return _checked(ids, engine.max_model_len, where)
 
 
-def read_continuation(
+async def read_continuation(
     message: steering_pb2.Continuation, engine: Engine, prompt_length: int, path: str
 ) -> tuple[int, ...]:
     """Its token ids: at least one, and no more than the context leaves room for with one more."""
@@ -45,7 +46,8 @@ def read_continuation(
     match message.WhichOneof("content"):
         case "text":
             where = f"{path}.text"
-            ids = tokenizer.encode(message.text, special=False)
+            _check_length(len(message.text), engine, where)
+            ids = await tokenizer.encode(message.text, special=False)
         case "token_ids":
             where = f"{path}.token_ids.ids"
             ids = message.token_ids.ids
@@ -53,6 +55,16 @@ def read_continuation(
         case _:
             raise InvalidRequest("required: set text or token_ids", field=path)
     return _checked(ids, engine.max_model_len - prompt_length, where)
+
+
+def _check_length(characters: int, engine: Engine, where: str) -> None:
+    """Refuses what is too long by far before much time is spent on it."""
+    most = engine.max_model_len * engine.tokenizer.max_token_length
+    if characters > most:
+        raise PromptTooLong(
+            f"{characters} characters; {engine.max_model_len} tokens have {most} at most",
+            field=where,
+        )
 
 
 def _checked(ids: Sequence[int], room: int, where: str) -> tuple[int, ...]:
@@ -65,7 +77,8 @@ def _checked(ids: Sequence[int], room: int, where: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_chat(chat: prompt_pb2.Chat, tokenizer: Tokenizer, path: str) -> Sequence[int]:
+async def _read_chat(chat: prompt_pb2.Chat, engine: Engine, path: str) -> Sequence[int]:
+    tokenizer = engine.tokenizer
     if not tokenizer.chats:
         raise UnsupportedModel(
             "this model has no chat template; send the conversation as text", field=path
@@ -82,8 +95,9 @@ def _read_chat(chat: prompt_pb2.Chat, tokenizer: Tokenizer, path: str) -> Sequen
                 f"role {message.role} is none of {known}", field=f"{path}.messages[{index}].role"
             )
         messages.append({"role": _ROLES[message.role], "content": message.content})
+    _check_length(sum(len(message["content"]) for message in messages), engine, path)
     try:
-        return tokenizer.chat(messages, chat.continue_last)
+        return await tokenizer.chat(messages, chat.continue_last)
     except InvalidRequest as error:
         error.field = f"{path}.messages"
         raise

@@ -31,12 +31,12 @@ async def answer(
 ) -> steering_pb2.ScoreResponse:
     """What SteeringService.Score returns."""
     served = generations.served
-    prompt = read_prompt(request.prompt, served.engine, "prompt")
+    prompt = await read_prompt(request.prompt, served.engine, "prompt")
     count = len(request.continuations)
     if not 1 <= count <= MAX_CONTINUATIONS:
         raise InvalidRequest(f"{count} texts; 1 to {MAX_CONTINUATIONS}", field="continuations")
     continuations = [
-        read_continuation(message, served.engine, len(prompt), f"continuations[{index}]")
+        await read_continuation(message, served.engine, len(prompt), f"continuations[{index}]")
         for index, message in enumerate(request.continuations)
     ]
     # A scope has to hold somewhere in the shortest of them.

@@ -169,7 +169,7 @@ class Session:
     async def _on_command(self, message: steering_pb2.SessionRequest) -> list[_Response]:
         match message.WhichOneof("command"):
             case "start_turn":
-                return [self._start(message.start_turn)]
+                return [await self._start(message.start_turn)]
             case "update":
                 return await self._update(message.update)
             case "cancel_turn":
@@ -183,7 +183,7 @@ class Session:
                     "set one of start_turn, update, cancel_turn, pause and resume", field="command"
                 )
 
-    def _start(self, message: steering_pb2.StartTurn) -> _Response:
+    async def _start(self, message: steering_pb2.StartTurn) -> _Response:
         if self._turn:
             raise WrongState(
                 "a turn runs; wait for turn_finished or send cancel_turn", field="start_turn"
@@ -193,7 +193,7 @@ class Session:
         if not message.HasField("generation"):
             raise InvalidRequest("required", field="start_turn.generation")
         served = self._generations.served
-        request = read_generation(message.generation, served, "start_turn.generation")
+        request = await read_generation(message.generation, served, "start_turn.generation")
         self._entry.turns += 1
         self._entry.generating = True
         name = f"{self._entry.session_id}:{self._entry.turns}"

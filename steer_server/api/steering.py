@@ -93,7 +93,7 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         if not request.HasField("generation"):
             raise InvalidRequest("required", field="generation")
         served = self._generations.served
-        resolved = read_generation(request.generation, served, "generation", many=True)
+        resolved = await read_generation(request.generation, served, "generation", many=True)
         runs = self._generations.begin_all(rpc, request_id(), resolved)
         yield _Event(started=events.started(request_id(), resolved, served.engine.tokenizer))
         async with aclosing(merged([run.outputs() for run in runs])) as outputs:

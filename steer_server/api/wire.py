@@ -71,14 +71,14 @@ class _Steered(Protocol):
     def HasField(self, field_name: Any, /) -> bool: ...
 
 
-def read_generation(
+async def read_generation(
     message: steering_pb2.Generation, served: Served, path: str, *, many: bool = False
 ) -> ResolvedRequest:
     """The generation asked for at `path`; max_tokens is cut to what the context leaves.
 
     Without `many` it has to be of one sequence.
     """
-    prompt = read_prompt(message.prompt, served.engine, f"{path}.prompt")
+    prompt = await read_prompt(message.prompt, served.engine, f"{path}.prompt")
     room = served.engine.max_model_len - len(prompt)
     sampling = _read_sampling(message.sampling, room, f"{path}.sampling")
     n = _read_n(message.sampling, many, f"{path}.sampling.n")
@@ -143,11 +143,11 @@ def limits(engine: Engine) -> Limits:
     return Limits(engine.max_model_len, engine.tokenizer.vocab_size)
 
 
-def read_encode(
+async def read_encode(
     message: activations_pb2.EncodeRequest, engine: Engine, registry: Registry
 ) -> ResolvedRequest:
     """A generation of one token, for the sake of the prompt's activations."""
-    prompt = read_prompt(message.prompt, engine, "prompt")
+    prompt = await read_prompt(message.prompt, engine, "prompt")
     if not message.read_outs:
         raise InvalidRequest(f"required: 1 to {MAX_READ_OUTS} of them", field="read_outs")
     for index, entry in enumerate(message.read_outs):

@@ -138,6 +138,7 @@ def _answer(processor: Any, frontend: Frontend) -> None:
     """Admission, and with the last output of each request the proof of its edits and what it read."""
     attach(processor, frontend)
     add, process = processor.add_request, processor.process_outputs
+    abort = processor.abort_requests
     answers = _Answers(processor, frontend)
 
     def add_request(request: Any, *rest: Any, **named: Any) -> None:
@@ -157,7 +158,14 @@ def _answer(processor: Any, frontend: Frontend) -> None:
         answers.enter(states, result)
         return result
 
+    def abort_requests(request_ids: Any, internal: bool) -> list[str]:
+        known = dict(processor.request_states)
+        ended = abort(request_ids, internal)
+        answers.end([known[vllm_id] for vllm_id in ended])
+        return ended
+
     processor.add_request, processor.process_outputs = add_request, process_outputs
+    processor.abort_requests = abort_requests
 
 
 class _Answers:
@@ -206,6 +214,22 @@ class _Answers:
         self._left = None if failed is None else result
         if failed is not None:
             raise failed
+
+    def end(self, states: Sequence[Any]) -> None:
+        """vLLM's front-end has aborted these sequences, and put it on the queues of who awaits them."""
+        for state in states:
+            account = self._frontend.accounts.get(state.request_id)
+            reports = self._reports.get(_parent(state), {})
+            # vLLM aborts a request's sequences one by one, and once more says that it has.
+            if not account or state.queue is None or str(state.request_index) in reports:
+                continue
+            try:
+                if account.token_ids:
+                    self._enter(state, account, None)
+                else:
+                    _deliver(state, None, reports)
+            except SteerError as error:
+                _fail(state, error)
 
     def _end(self, state: Any, result: Any) -> None:
         """Nothing comes of the request any more, nor of its other sequences."""

@@ -31,7 +31,7 @@ class Server:
         )
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, json.load(response)
+                return response.status, json.loads(response.read() or "{}")
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, json.load(error)

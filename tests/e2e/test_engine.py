@@ -45,7 +45,7 @@ def assert_same(outcome: Outcome, expected: Completion) -> None:
 async def test_edits_equal_a_transformers_hook(
     engine: VllmEngine, reference: Reference, name: str
 ) -> None:
-    prompt = engine.tokenizer.encode(IOI)
+    prompt = await engine.tokenizer.encode(IOI)
     edits = PROGRAMS[name]
 
     outcome = await run(engine, name, prompt, program(edits))
@@ -59,7 +59,7 @@ async def test_a_mixed_batch_gives_each_request_its_own_program(
     engine: VllmEngine, reference: Reference
 ) -> None:
     jobs = [
-        (name, engine.tokenizer.encode(TEXTS[i % len(TEXTS)]), edits)
+        (name, await engine.tokenizer.encode(TEXTS[i % len(TEXTS)]), edits)
         for i, (name, edits) in enumerate(PROGRAMS.items())
     ]
 
@@ -72,7 +72,7 @@ async def test_a_mixed_batch_gives_each_request_its_own_program(
 
 
 async def test_steered_neighbours_leave_plain_requests_bit_identical(engine: VllmEngine) -> None:
-    prompts = [engine.tokenizer.encode(text) for text in TEXTS]
+    prompts = [await engine.tokenizer.encode(text) for text in TEXTS]
 
     async def batch(edits: Sequence[Edit]) -> list[Outcome]:
         programs = [Program(), program(edits), Program(), program(edits)]
@@ -94,7 +94,7 @@ async def test_steered_neighbours_leave_plain_requests_bit_identical(engine: Vll
 async def test_a_prompt_in_chunks_is_edited_and_read_like_one_in_whole(
     engine: VllmEngine, reference: Reference
 ) -> None:
-    prompt = engine.tokenizer.encode(" ".join(f"chunk {n}," for n in range(99)))[:300]
+    prompt = (await engine.tokenizer.encode(" ".join(f"chunk {n}," for n in range(99))))[:300]
     edits = (AddRelative(9, 0.3), Ablate(7))
 
     outcome = await run(engine, "chunks", prompt, program(edits, ReadOut("random", top_k=1)))
@@ -107,7 +107,7 @@ async def test_a_prompt_in_chunks_is_edited_and_read_like_one_in_whole(
 async def test_a_stop_text_ends_the_generation_and_the_proof_still_holds(
     engine: VllmEngine,
 ) -> None:
-    prompt = tuple(engine.tokenizer.encode(IOI))
+    prompt = tuple(await engine.tokenizer.encode(IOI))
     plain = await run(engine, "whole", prompt)
     stop = plain.text[4:8]
     sampling = Sampling(max_tokens=16, temperature=0.0, stop=(stop,))
@@ -125,7 +125,7 @@ async def test_a_stop_text_ends_the_generation_and_the_proof_still_holds(
 async def test_edits_too_large_fail_their_own_request_and_nothing_after_it(
     engine: VllmEngine,
 ) -> None:
-    prompt = engine.tokenizer.encode(IOI)
+    prompt = await engine.tokenizer.encode(IOI)
     before = await run(engine, "before", prompt)
 
     with pytest.raises(EditTooLarge):
@@ -139,7 +139,7 @@ async def test_edits_too_large_fail_their_own_request_and_nothing_after_it(
 async def test_edits_past_a_programs_limit_are_scaled_down_counted_or_fail_as_it_says(
     engine: VllmEngine, reference: Reference
 ) -> None:
-    prompt = engine.tokenizer.encode(IOI)
+    prompt = await engine.tokenizer.encode(IOI)
     edits = (Add(11, 30.0), AddRelative(9, 0.5))
     free = program(edits)
     limits = {
@@ -175,7 +175,7 @@ async def test_edits_past_a_programs_limit_are_scaled_down_counted_or_fail_as_it
 async def test_scope_limits_an_edit_to_its_phase_and_positions(
     engine: VllmEngine, reference: Reference
 ) -> None:
-    prompt = engine.tokenizer.encode(IOI)
+    prompt = await engine.tokenizer.encode(IOI)
     scope = Scope(prompt=False, exclude_positions=frozenset({len(prompt) + 2}))
     edit = AddRelative(9, 0.5)
 
@@ -194,7 +194,9 @@ async def test_the_prefix_cache_never_mixes_programs(
     engine: VllmEngine, reference: Reference, plain_first: bool
 ) -> None:
     words = "odd" if plain_first else "even"
-    prompt = engine.tokenizer.encode(" ".join(f"{words} number {n};" for n in range(80)))[:300]
+    prompt = (await engine.tokenizer.encode(" ".join(f"{words} number {n};" for n in range(80))))[
+        :300
+    ]
     edits = (AddRelative(9, 0.4),)
     expected = {
         "plain": reference.generate(prompt, 16, from_one(())),
@@ -218,7 +220,9 @@ async def test_an_edit_that_was_refused_is_refused_again_though_its_rows_are_cac
     engine: VllmEngine, reference: Reference
 ) -> None:
     """One row of the first block goes past the limit. vLLM gives that block away before the row is computed."""
-    prompt = engine.tokenizer.encode(" ".join(f"limit number {n};" for n in range(80)))[:300]
+    prompt = (await engine.tokenizer.encode(" ".join(f"limit number {n};" for n in range(80))))[
+        :300
+    ]
     edit = FeatureEdit("random", AddRelative(9, 0.5), Scope(positions=frozenset({50})))
     narrow = Program((edit,), max_relative_size=0.3)
 
@@ -240,7 +244,7 @@ async def test_an_edit_that_was_refused_is_refused_again_though_its_rows_are_cac
 async def test_read_out_equals_the_reference_for_prompt_and_generated_tokens(
     engine: VllmEngine, reference: Reference, random_dictionary, text: str
 ) -> None:
-    prompt = engine.tokenizer.encode(text)
+    prompt = await engine.tokenizer.encode(text)
     features = tuple(range(0, 400, 2))
     query = program((), ReadOut("random", top_k=32), ReadOut("random", features=features))
 
@@ -265,7 +269,7 @@ async def test_read_out_equals_the_reference_for_prompt_and_generated_tokens(
 async def test_read_out_reports_every_prompt_token_even_when_the_prefix_is_cached(
     engine: VllmEngine,
 ) -> None:
-    prompt = engine.tokenizer.encode(" ".join(f"word{n}" for n in range(80)))[:200]
+    prompt = (await engine.tokenizer.encode(" ".join(f"word{n}" for n in range(80))))[:200]
     query = program((), ReadOut("random", top_k=4))
     await run(engine, "warm", prompt)
 
@@ -277,7 +281,7 @@ async def test_read_out_reports_every_prompt_token_even_when_the_prefix_is_cache
 async def test_an_update_holds_from_exactly_the_index_it_is_acknowledged_with(
     engine: VllmEngine, reference: Reference
 ) -> None:
-    prompt = engine.tokenizer.encode(IOI)
+    prompt = await engine.tokenizer.encode(IOI)
     before, after = (Add(11, 20.0),), (AddRelative(9, 0.4), Ablate(11))
     sampling = Sampling(max_tokens=32, temperature=0.0, ignore_eos=True, logprobs=True)
     generation = Generation("live", tuple(prompt), sampling, program(before), live=True)
@@ -309,7 +313,7 @@ async def test_an_update_holds_from_exactly_the_index_it_is_acknowledged_with(
 async def test_an_update_that_comes_before_the_first_token_waits_for_it_and_nothing_else(
     engine: VllmEngine,
 ) -> None:
-    prompt = engine.tokenizer.encode(IOI)
+    prompt = await engine.tokenizer.encode(IOI)
     task = asyncio.create_task(run(engine, "early", prompt, tokens=12, live=True))
     await asyncio.sleep(0)
 
@@ -329,7 +333,7 @@ async def test_an_update_that_comes_before_the_first_token_waits_for_it_and_noth
 async def test_an_update_holds_from_exactly_the_index_it_names(
     engine: VllmEngine, reference: Reference
 ) -> None:
-    prompt = engine.tokenizer.encode(IOI)
+    prompt = await engine.tokenizer.encode(IOI)
     before, after, last = (Add(11, 20.0),), (AddRelative(9, 0.4),), (Ablate(11),)
     running = asyncio.create_task(run(engine, "at", prompt, program(before), tokens=16, live=True))
     await asyncio.sleep(0)
@@ -353,13 +357,13 @@ async def test_an_update_holds_from_exactly_the_index_it_names(
 async def test_a_paused_generation_waits_and_then_goes_on_as_if_nothing_had_happened(
     engine: VllmEngine, reference: Reference
 ) -> None:
-    prompt, edits = engine.tokenizer.encode(IOI), (Add(11, 20.0),)
+    prompt, edits = await engine.tokenizer.encode(IOI), (Add(11, 20.0),)
     changed = (AddRelative(9, 0.4),)
     query = program(edits, ReadOut("random", top_k=4))
     paused = Outcome()
     task = asyncio.create_task(run(engine, "paused", prompt, query, 16, True, outcome=paused))
     beside = [
-        asyncio.create_task(run(engine, f"beside {i}", engine.tokenizer.encode(text)))
+        asyncio.create_task(run(engine, f"beside {i}", await engine.tokenizer.encode(text)))
         for i, text in enumerate(TEXTS[:2])
     ]
     await tokens_of(paused, 3)
@@ -387,7 +391,7 @@ async def test_a_paused_generation_waits_and_then_goes_on_as_if_nothing_had_happ
 
 
 async def test_a_pause_does_not_change_what_a_seed_draws(engine: VllmEngine) -> None:
-    prompt, edits = engine.tokenizer.encode(IOI), program((Add(11, 20.0),))
+    prompt, edits = await engine.tokenizer.encode(IOI), program((Add(11, 20.0),))
     undisturbed = await run(engine, "whole", prompt, edits, tokens=12, live=True, seed=3)
     paused = Outcome()
     task = asyncio.create_task(
@@ -405,7 +409,7 @@ async def test_a_pause_does_not_change_what_a_seed_draws(engine: VllmEngine) -> 
 async def test_a_paused_generation_can_be_closed_and_an_ended_one_cannot_be_paused(
     engine: VllmEngine,
 ) -> None:
-    prompt = engine.tokenizer.encode(IOI)
+    prompt = await engine.tokenizer.encode(IOI)
     paused = Outcome()
     task = asyncio.create_task(
         run(engine, "closed", prompt, program((Ablate(1),)), 500, live=True, outcome=paused)
@@ -424,7 +428,7 @@ async def test_a_paused_generation_can_be_closed_and_an_ended_one_cannot_be_paus
 
 
 async def test_closing_a_generation_aborts_it_and_frees_its_name(engine: VllmEngine) -> None:
-    prompt = tuple(engine.tokenizer.encode(IOI))
+    prompt = tuple(await engine.tokenizer.encode(IOI))
     long = Sampling(max_tokens=500, temperature=0.0, ignore_eos=True)
     stream = engine.generate(Generation("gone", prompt, long, program((Ablate(1),))))
     await anext(stream)
@@ -436,7 +440,7 @@ async def test_closing_a_generation_aborts_it_and_frees_its_name(engine: VllmEng
 
 
 async def test_requests_that_cannot_be_carried_out_are_refused(engine: VllmEngine) -> None:
-    prompt = engine.tokenizer.encode(IOI)
+    prompt = await engine.tokenizer.encode(IOI)
 
     with pytest.raises(DictionaryNotFound, match="nobody"):
         await run(engine, "x", prompt, program((Ablate(1),), name="nobody"))
@@ -459,7 +463,7 @@ async def test_the_self_test_passes_and_the_model_calls_the_op_once_a_step(
     await engine.self_test()
     before = await engine.op_calls()
 
-    await run(engine, "steps", engine.tokenizer.encode(IOI), tokens=10)
+    await run(engine, "steps", await engine.tokenizer.encode(IOI), tokens=10)
 
     assert await engine.op_calls() == [before[0] + 10]
 

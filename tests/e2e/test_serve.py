@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +52,7 @@ def steered(
         model_path,
         tmp_path_factory.mktemp("serve") / "log",
         "--enable-prompt-tokens-details",
+        "--enable-scale-out",
         env={"STEER_DICTIONARIES": f"random={random_dictionary.folder}"},
     ) as server:
         yield server
@@ -203,6 +206,40 @@ def test_several_sequences_without_a_seed_are_edited_too(steered: Server) -> Non
 
     assert status == 200, answer
     assert sorted(answer["kv_transfer_params"]["steer"]) == ["0", "1"]
+
+
+def test_a_request_that_is_aborted_by_its_name_proves_what_came_before(steered: Server) -> None:
+    before = generated_tokens(steered)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            steered.complete,
+            IOI,
+            request_id="long",
+            max_tokens=480,
+            ignore_eos=True,
+            return_token_ids=True,
+            vllm_xargs=xargs(),
+        )
+        while generated_tokens(steered) < before + 4:
+            assert not running.done(), running.result()
+            time.sleep(0.05)
+        steered.post("/inference/v1/abort_requests", {"request_ids": ["cmpl-long-0"]})
+        status, answer = running.result()
+
+    assert status == 200, answer
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "abort"
+    rows = len(choice["prompt_token_ids"]) + len(choice["token_ids"]) - 1
+    # Only a token's row tells of it, and the beginning of the text is not in the default scope.
+    for edit in answer["kv_transfer_params"]["steer"]["0"]["edits"]:
+        assert edit["tokens_in_scope"] == rows - 1
+
+
+def generated_tokens(server: Server) -> float:
+    with urllib.request.urlopen(server.url + "/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    (line,) = (line for line in lines if line.startswith("vllm:generation_tokens_total"))
+    return float(line.split()[-1])
 
 
 def test_beam_search_with_edits_is_refused(steered: Server) -> None:

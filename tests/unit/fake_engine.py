@@ -33,15 +33,16 @@ class CharTokenizer:
 
     vocab_size = VOCAB
     chats = True
+    max_token_length = 1
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
+    async def encode(self, text: str, special: bool = True) -> list[int]:
         return [ord(character) % VOCAB for character in text]
 
-    def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
+    async def chat(self, messages: Sequence[Mapping[str, str]], continue_last: bool) -> list[int]:
         if messages[0]["role"] == "tool":
             raise InvalidRequest("the model's chat template refuses it: a tool speaks first")
         lines = [f"{message['role'][0]}:{message['content']}" for message in messages]
-        return self.encode("\n".join(lines) + ("" if continue_last else "\na:"))
+        return await self.encode("\n".join(lines) + ("" if continue_last else "\na:"))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(self.pieces(token_ids))

@@ -17,6 +17,7 @@ from steer_client import CallFailed, ablate, active, read_top
 from steer_server import memory
 from steer_server.api.admin import Operations
 from steer_server.api.session import SessionLimits
+from steer_server.api.wire import read_encode
 from steer_server.dictionary.dictionary import Dictionary
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.files import load, save
@@ -414,18 +415,14 @@ async def test_a_request_whose_dictionary_goes_before_it_runs_is_refused(root: P
         wanted = activations_pb2.EncodeRequest(
             prompt={"text": "hi"}, read_outs=[read_top("second", 1)]
         )
-        resolved = service.generations.begin("Encode", "r", _resolved(service, wanted))
+        generations = service.generations
+        resolved = await read_encode(wanted, generations.engine, generations.registry)
+        run = generations.begin("Encode", "r", resolved)
         await unloads(service, "second")
         await loads(service, "other-weights", "second")
 
         with pytest.raises(Exception, match="was unloaded"):
-            await anext(resolved.outputs())
-
-
-def _resolved(service: Serving, wanted: activations_pb2.EncodeRequest):
-    from steer_server.api.wire import read_encode
-
-    return read_encode(wanted, service.generations.engine, service.generations.registry)
+            await anext(run.outputs())
 
 
 async def _done(call) -> None:

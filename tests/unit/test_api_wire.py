@@ -1,6 +1,8 @@
 """Laws of the wire: whatever comes is understood or refused by name; what is echoed means the same again."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
@@ -57,10 +59,10 @@ def messages(draw: st.DrawFn, kind: type[Message]) -> Message:
     return message
 
 
-def outcome(read: Callable[[], ResolvedRequest]) -> tuple[ResolvedRequest | None, str]:
+def outcome(read: Coroutine[Any, Any, ResolvedRequest]) -> tuple[ResolvedRequest | None, str]:
     """The request, or the field at fault."""
     try:
-        return read(), ""
+        return asyncio.run(read), ""
     except SteerError as error:
         return None, error.field
 
@@ -68,9 +70,7 @@ def outcome(read: Callable[[], ResolvedRequest]) -> tuple[ResolvedRequest | None
 @settings(max_examples=200, deadline=None)
 @given(messages(steering_pb2.Generation))
 def test_any_generation_is_understood_or_refused_by_field(message):
-    request, field = outcome(
-        lambda: read_generation(message, Served(ENGINE, REGISTRY), "generation")
-    )
+    request, field = outcome(read_generation(message, Served(ENGINE, REGISTRY), "generation"))
 
     if request is None:
         assert field.startswith("generation.")
@@ -82,7 +82,7 @@ def test_any_generation_is_understood_or_refused_by_field(message):
 @settings(max_examples=100, deadline=None)
 @given(messages(activations_pb2.EncodeRequest))
 def test_any_encode_request_is_understood_or_refused_by_field(message):
-    request, field = outcome(lambda: read_encode(message, ENGINE, REGISTRY))
+    request, field = outcome(read_encode(message, ENGINE, REGISTRY))
 
     if request is None:
         assert field.startswith(("prompt", "read_outs"))

@@ -96,6 +96,37 @@ async def test_what_vllm_ends_itself_keeps_its_reason(
     assert output.outputs[0].finish_reason == str(reason)
 
 
+@pytest.mark.parametrize("internal", [False, True])
+async def test_what_the_front_end_aborts_is_proved_so_far(
+    front_end: FrontEnd, internal: bool
+) -> None:
+    queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "whole")
+    parent, ids = sequences(3)
+    for index, name in enumerate(ids):
+        front_end.send(name, queue, parent, index)
+    front_end.step(ids[:2], None, *map(report, ids[:2]))
+    front_end.step(ids[:1], FinishReason.LENGTH)
+
+    front_end.processor.abort_requests(["whole"], internal=internal)
+
+    output: Any = await queue.get()
+    assert [entry.finish_reason for entry in output.outputs] == ["length", "abort", "abort"]
+    reports = output.kv_transfer_params[KEY]
+    # The last one had no token yet, and so not all rows of its prompt.
+    assert [reports[name]["edits"][0]["tokens_in_scope"] for name in sorted(reports)] == [3, 3]
+
+
+async def test_what_the_front_end_aborts_without_all_edits_is_an_error(front_end: FrontEnd) -> None:
+    queue = RequestOutputCollector(RequestOutputKind.CUMULATIVE, "a")
+    front_end.send("a", queue)
+    front_end.step(["a"], None)
+
+    front_end.processor.abort_requests(["a"], internal=False)
+
+    with pytest.raises(InputStreamError, match="ran on 0 tokens"):
+        await queue.get()
+
+
 async def test_an_end_without_all_edits_is_an_error(front_end: FrontEnd) -> None:
     queue = RequestOutputCollector(RequestOutputKind.CUMULATIVE, "a")
     front_end.send("a", queue)
