@@ -18,7 +18,14 @@ from steer_server.errors import (
     Overloaded,
     UnknownFeature,
 )
-from steer_server.program import MAX_RELATIVE_SIZE, Condition, Oversize, Program, ReadOut
+from steer_server.program import (
+    ENTRY_BYTES,
+    MAX_RELATIVE_SIZE,
+    Condition,
+    Oversize,
+    Program,
+    ReadOut,
+)
 from steer_server.program_json import from_json, to_json
 
 MAX_EDITS = 1024
@@ -31,9 +38,12 @@ MAX_WINDOWS = 64
 MAX_PATCHED = 4096
 MAX_PLACES = 64
 """Scopes, and lists of patched positions, that differ in a client's program."""
+MAX_PATCHED_TOGETHER = 65_536
+"""Positions of all patches of a client's program, each as often as it is patched."""
 MAX_FEATURES = 256
 MAX_TOP_K = 128
 MAX_ROW_BYTES = 32_768
+"""That the read-outs of a client's program may list of a row, all together."""
 MAX_UPDATES = 256
 """Of one generation."""
 
@@ -55,7 +65,26 @@ def parse(content: Any, dictionaries: Dictionaries) -> Program:
         count = len(program.read_outs)
         raise InvalidRequest(f"{count} read-outs; at most {MAX_READ_OUTS}", field="read_outs")
     _check_sizes(program)
+    check_together(program)
     return program
+
+
+def check_together(program: Program) -> None:
+    """InvalidRequest if a client's lists, each as long as it may be, are too much all together."""
+    # One that is too much by itself is refused by its own place.
+    most = MAX_ROW_BYTES // ENTRY_BYTES
+    listed = sum(min(entry.limit, most) for entry in program.read_outs) * ENTRY_BYTES
+    if listed > MAX_ROW_BYTES:
+        raise InvalidRequest(
+            f"they list up to {listed} bytes of a token; at most {MAX_ROW_BYTES} together",
+            field="read_outs",
+        )
+    edits = (entry.edit for entry in program.edits)
+    patched = sum(len(edit.values) for edit in edits if isinstance(edit, Patch))
+    if patched > MAX_PATCHED_TOGETHER:
+        raise InvalidRequest(
+            f"{patched} positions patched; at most {MAX_PATCHED_TOGETHER} together", field="edits"
+        )
 
 
 def _check_sizes(program: Program) -> None:
@@ -124,18 +153,23 @@ def wire(
     program: Program, dictionaries: Dictionaries, sites: list[Site], slots: int
 ) -> dict[str, Any]:
     """`program` for the scheduler and the workers; InvalidRequest if no engine of this size could ever run it."""
+    check_slots(program.features, dictionaries, slots)
     features = _located(program.features, dictionaries, sites)
-    for site, needed in _too_many(features, sites, slots):
+    return {"program": msgspec.json.encode(to_json(program)).decode(), "features": features}
+
+
+def check_slots(
+    features: Collection[tuple[str, int]], dictionaries: Dictionaries, slots: int
+) -> None:
+    """InvalidRequest if a program's features could never have their slots all at once."""
+    for site, needed in _too_many(features, dictionaries, slots):
         raise InvalidRequest(
             f"the edits need {needed} slots at {site}, the engine has {slots}; name fewer features",
             field="edits",
         )
-    return {"program": msgspec.json.encode(to_json(program)).decode(), "features": features}
 
 
-def check_revisions(
-    programs: Sequence[Program], dictionaries: Dictionaries, sites: list[Site], slots: int
-) -> None:
+def check_revisions(programs: Sequence[Program], dictionaries: Dictionaries, slots: int) -> None:
     """Overloaded if one generation has more programs than it may, or they could never have their slots all at once.
 
     A generation keeps those of its earlier programs, which a preemption replays, so it would wait for itself.
@@ -144,7 +178,7 @@ def check_revisions(
     if len(programs) > MAX_UPDATES + 1:
         raise Overloaded(f"a generation takes at most {MAX_UPDATES} updates; go on in a new one")
     features = set().union(*(program.features for program in programs))
-    for site, needed in _too_many(_located(features, dictionaries, sites), sites, slots):
+    for site, needed in _too_many(features, dictionaries, slots):
         raise Overloaded(
             f"with this update the generation has edited {needed} features at {site}, the engine has "
             f"{slots} slots; go on in a new one"
@@ -161,13 +195,13 @@ def _located(
 
 
 def _too_many(
-    located: Sequence[tuple[int, str, int]], sites: Sequence[Site], slots: int
+    features: Collection[tuple[str, int]], dictionaries: Dictionaries, slots: int
 ) -> list[tuple[Site, int]]:
     """The sites that have not so many slots, and how many they would need."""
-    if len(located) <= slots:
+    if len(features) <= slots:
         return []
-    needed = Counter(number for number, _, _ in located)
-    return [(sites[number], count) for number, count in needed.items() if count > slots]
+    needed = Counter(dictionaries[name].card.site for name, _ in features)
+    return [(site, count) for site, count in needed.items() if count > slots]
 
 
 def _condition(

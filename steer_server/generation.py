@@ -66,6 +66,27 @@ class ActivationRows(NamedTuple):
     active: NDArray[np.uint32] | None
     """Number of active features per row (L0), known when the row was encoded at full width."""
 
+    def split(self, position: int) -> tuple["ActivationRows", "ActivationRows"]:
+        """The rows before that position, and the others."""
+        row = int(self.positions.searchsorted(position))
+        entry = int(self.row_splits[row])
+        active = (None, None) if self.active is None else (self.active[:row], self.active[row:])
+        before = self._replace(
+            positions=self.positions[:row],
+            row_splits=self.row_splits[: row + 1],
+            features=self.features[:entry],
+            values=self.values[:entry],
+            active=active[0],
+        )
+        after = self._replace(
+            positions=self.positions[row:],
+            row_splits=self.row_splits[row:] - self.row_splits[row],
+            features=self.features[entry:],
+            values=self.values[entry:],
+            active=active[1],
+        )
+        return before, after
+
 
 @dataclass(frozen=True)
 class RevisionApplied:
@@ -73,6 +94,8 @@ class RevisionApplied:
 
     revision: int
     first_index: int
+    first_row: int
+    """The position of the first row that was computed under it."""
 
 
 class EditReport(NamedTuple):

@@ -1,11 +1,14 @@
 """What a request asks of the model's features: edits, where and when they apply, and read-outs."""
 
 import hashlib
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -106,10 +109,24 @@ class Scope:
             return False
         if self.token_ids and token not in self.token_ids:
             return False
-        listed = position in self.positions or not (self.positions or self.windows)
-        return listed or any(
-            first <= position and (end is None or position < end) for first, end in self.windows
-        )
+        if not (self.positions or self.windows) or position in self.positions:
+            return True
+        starts, ends = self._merged_windows
+        window = bisect_right(starts, position) - 1
+        return window >= 0 and position < ends[window]
+
+    @cached_property
+    def _merged_windows(self) -> tuple[list[int], list[float]]:
+        """Where the windows begin and end, in order and apart from each other; once resolved."""
+        starts, ends = list[int](), list[float]()
+        for first, stop in sorted(self.windows, key=itemgetter(0)):
+            end = math.inf if stop is None else stop
+            if starts and first <= ends[-1]:
+                ends[-1] = max(ends[-1], end)
+            else:
+                starts.append(first)
+                ends.append(end)
+        return starts, ends
 
 
 EVERYWHERE = Scope()

@@ -62,9 +62,11 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
     async def Inspect(
         self, request: activations_pb2.InspectRequest, context: _Context
     ) -> activations_pb2.InspectResponse:
+        self._generations.registry.get(request.dictionary, field="dictionary")
         name = _aggregate(request.aggregate)
         top_k = _top_k(request.top_k)
         sets = {"prompts": await self._prompts(request.prompts, "prompts")}
+        # Another one may have its name by now.
         stored = self._generations.registry.get(request.dictionary, field="dictionary")
         (found,) = await self._aggregate(
             "Inspect", sets, request.dictionary, stored, request.include_first
@@ -79,6 +81,7 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
     async def Contrast(
         self, request: activations_pb2.ContrastRequest, context: _Context
     ) -> activations_pb2.ContrastResponse:
+        self._generations.registry.get(request.dictionary, field="dictionary")
         name = _aggregate(request.aggregate)
         if name == "sum":
             raise InvalidRequest(
@@ -89,6 +92,7 @@ class ActivationService(activations_pb2_grpc.ActivationServiceServicer):
             side: await self._prompts(getattr(request, side), side)
             for side in ("positive", "negative")
         }
+        # Another one may have its name by now.
         stored = self._generations.registry.get(request.dictionary, field="dictionary")
         positive, negative = await self._aggregate(
             "Contrast", sets, request.dictionary, stored, request.include_first

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from steer_server.api import auth
 from steer_server.api.auth import ANYONE, Principal, Scope
 from steer_server.api.quotas import Quotas
-from steer_server.errors import EngineUnavailable, Overloaded
+from steer_server.errors import AnswerTooLarge, EngineUnavailable, Overloaded
 
 MAX_REQUEST_BYTES = 4 << 20
 MAX_RESPONSE_BYTES = 16 << 20
@@ -64,6 +64,14 @@ def check_tokens() -> None:
 def count_tokens(tokens: int) -> None:
     """Charges the caller for tokens of prompt or answer."""
     _call.get().quotas.count_tokens(_call.get().principal, tokens)
+
+
+def check_size(size: int) -> None:
+    """AnswerTooLarge for an answer of more bytes than a message has."""
+    if size > MAX_RESPONSE_BYTES:
+        raise AnswerTooLarge(
+            f"the answer takes {size} bytes, a message at most {MAX_RESPONSE_BYTES}; ask for less, or by an RPC that streams"
+        )
 
 
 class Gate:

@@ -24,6 +24,7 @@ from steer_server.generation import (
     Finish,
     FinishReason,
     Generation,
+    RevisionApplied,
     StepOutput,
 )
 from steer_server.metrics import Metrics
@@ -104,6 +105,8 @@ class Run:
         self.cached_tokens = 0
         self.revision = 0
         """The one under which the last token was drawn."""
+        self._coming: list[RevisionApplied] = []
+        """Of revisions: told, but no token has been drawn under them."""
         watched = self._watch.read_outs()
         self._stopper = Stopper(
             request.stop_when, len(watched), self.prompt_length, self._engine.tokenizer
@@ -251,10 +254,12 @@ class Run:
         self._generated_tokens.inc(len(output.token_ids))
         calls.count_tokens(len(output.token_ids))
         self.cached_tokens = output.cached_tokens
-        if output.applied:
+        self._coming += output.applied
+        if self._coming:
             last = output.first_index + len(output.token_ids) - 1
-            begun = (entry.revision for entry in output.applied if entry.first_index <= last)
+            begun = (entry.revision for entry in self._coming if entry.first_index <= last)
             self.revision = max(self.revision, *begun, 0)
+            self._coming = [entry for entry in self._coming if entry.first_index > last]
         for name, seconds in output.encode_seconds.items():
             metrics.encode_seconds.labels(name).observe(seconds)
         if output.activations:

@@ -24,13 +24,12 @@ from grpc_status import rpc_status
 
 from steer_server.api import auth
 from steer_server.api.auth import ANYONE, Metadata, Principal, TokenFile
-from steer_server.api.calls import MAX_RESPONSE_BYTES, Call, Gate, enter
+from steer_server.api.calls import Call, Gate, check_size, enter
 from steer_server.api.errors import internal, reason_of, status_of
 from steer_server.api.patience import Patience
 from steer_server.api.quotas import Quotas
 from steer_server.api.revocation import until_revoked
 from steer_server.errors import (
-    AnswerTooLarge,
     DeadlineTooShort,
     DuplicateRequest,
     SlowReader,
@@ -132,7 +131,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             async with self._call(method, kind, context) as record:
                 response = await behaviour(request, context)
-                _check_size(response)
+                # Health's Watch has written its own.
+                check_size(0 if response is None else response.ByteSize())
                 record.messages += 1
                 return response
 
@@ -281,15 +281,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         level = logging.DEBUG if record.service == _HEALTH else logging.INFO
         if _access.isEnabledFor(level):
             _access.log(level, "call", extra={"fields": record.fields(context.peer(), seconds)})
-
-
-def _check_size(response: Any) -> None:
-    # Health's Watch has written its own.
-    size = 0 if response is None else response.ByteSize()
-    if size > MAX_RESPONSE_BYTES:
-        raise AnswerTooLarge(
-            f"the answer takes {size} bytes, a message at most {MAX_RESPONSE_BYTES}; ask for less, or by an RPC that streams"
-        )
 
 
 async def _abort(context: grpc.aio.ServicerContext, status: status_pb2.Status) -> None:

@@ -24,7 +24,7 @@ from steer_server.api.streams import together
 from steer_server.api.wire import ResolvedRequest
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import EngineUnavailable, InvalidRequest, PositionOutOfRange
-from steer_server.generation import ActivationRows, Sampling, Tokenizer
+from steer_server.generation import ActivationRows, Sampling
 from steer_server.program import Program, ReadOut
 
 MAX_SETS = 256
@@ -45,6 +45,28 @@ class _Ran(NamedTuple):
     activations: Activations
 
 
+class _Likeliest(NamedTuple):
+    """What an answer says of a distribution."""
+
+    ids: list[int]
+    """Of the likeliest tokens, the first one first."""
+    logprobs: list[float]
+    asked: list[float]
+    """Log-probabilities of the tokens that were asked for."""
+
+
+class _Summary(NamedTuple):
+    """What came of a set of features, in nats; the prompts' distributions are p and q, this one's is r."""
+
+    next: _Likeliest
+    source_kl: float
+    """KL(p || r)."""
+    target_kl: float
+    """KL(q || r)."""
+    reverse_source_kl: float
+    """KL(r || p)."""
+
+
 async def answer(
     generations: Generations, request_id: str, request: steering_pb2.PatchRequest
 ) -> steering_pb2.PatchResponse:
@@ -52,8 +74,10 @@ async def answer(
     engine = generations.engine
     # Which features differ tells of the texts what activations do.
     require_observe("dictionary")
+    generations.registry.get(request.dictionary, field="dictionary")
     source_ids = await read_prompt(request.source, engine, "source")
     target_ids = await read_prompt(request.target, engine, "target")
+    # Another one may have its name by now.
     stored = generations.registry.get(request.dictionary, field="dictionary")
     pairs = _read_pairs(request.positions, len(source_ids), len(target_ids))
     sets = _read_sets(request, stored)
@@ -82,34 +106,49 @@ async def answer(
         together_patched = set[int]().union(*patched)
         edits = await asyncio.to_thread(difference.edits, request.dictionary, together_patched)
 
-        async def patch(number: int, features: Sequence[int]) -> _Ran:
-            if not features:
-                return target
-            program = Program(tuple(edits[feature] for feature in features))
-            return await run(str(number), target_ids, program)
+        def summary(distribution: NDArray[np.float32]) -> _Summary:
+            return _Summary(
+                _likeliest(distribution, listed, request.token_ids),
+                kl(source.distribution, distribution),
+                kl(target.distribution, distribution),
+                kl(distribution, source.distribution),
+            )
+
+        async def patch(number: int, features: Sequence[int]) -> _Summary:
+            ran = target
+            if features:
+                program = Program(tuple(edits[feature] for feature in features))
+                ran = await run(str(number), target_ids, program)
+            # Of a large vocabulary each takes milliseconds and as many megabytes.
+            return await asyncio.to_thread(summary, ran.distribution)
 
         ran = await together(patch(number, features) for number, features in enumerate(patched))
         norms = await asyncio.to_thread(
             lambda: [difference.norms(stored, features) for features in patched]
         )
 
-    def next_token(distribution: NDArray[np.float32]) -> steering_pb2.NextToken:
-        return _next_token(distribution, listed, request.token_ids, engine.tokenizer)
+    def next_token(found: _Likeliest) -> steering_pb2.NextToken:
+        return steering_pb2.NextToken(
+            ids=found.ids,
+            pieces=engine.tokenizer.pieces(found.ids),
+            logprobs=found.logprobs,
+            token_logprobs=found.asked,
+        )
 
     return steering_pb2.PatchResponse(
         source=events.prompt_tokens(source_ids, engine.tokenizer),
         target=events.prompt_tokens(target_ids, engine.tokenizer),
-        source_next=next_token(source.distribution),
-        target_next=next_token(target.distribution),
+        source_next=next_token(_likeliest(source.distribution, listed, request.token_ids)),
+        target_next=next_token(_likeliest(target.distribution, listed, request.token_ids)),
         source_target_kl=kl(source.distribution, target.distribution),
         results=[
             steering_pb2.PatchResult(
-                next=next_token(found.distribution),
-                source_kl=kl(source.distribution, found.distribution),
-                target_kl=kl(target.distribution, found.distribution),
+                next=next_token(found.next),
+                source_kl=found.source_kl,
+                target_kl=found.target_kl,
                 edit_norm=float(np.linalg.norm(lengths)),
                 patched_features=len(features),
-                reverse_source_kl=kl(found.distribution, source.distribution),
+                reverse_source_kl=found.reverse_source_kl,
                 mean_edit_norm=lengths.sum() / len(target_ids),
             )
             for found, features, lengths in zip(ran, patched, norms, strict=True)
@@ -182,17 +221,10 @@ def _check_room(
             )
 
 
-def _next_token(
-    distribution: NDArray[np.float32], listed: int, asked: Sequence[int], tokenizer: Tokenizer
-) -> steering_pb2.NextToken:
+def _likeliest(distribution: NDArray[np.float32], listed: int, asked: Sequence[int]) -> _Likeliest:
     largest = np.argpartition(-distribution, listed - 1)[:listed]
     ids = largest[np.argsort(-distribution[largest], kind="stable")].tolist()
-    return steering_pb2.NextToken(
-        ids=ids,
-        pieces=tokenizer.pieces(ids),
-        logprobs=distribution[ids].tolist(),
-        token_logprobs=distribution[list(asked)].tolist(),
-    )
+    return _Likeliest(ids, distribution[ids].tolist(), distribution[list(asked)].tolist())
 
 
 def _read_pairs(

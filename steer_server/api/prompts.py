@@ -6,7 +6,7 @@ from steer.v1 import prompt_pb2, steering_pb2
 
 from steer_server.api.edits import check_vocabulary
 from steer_server.errors import InvalidRequest, PromptTooLong, UnsupportedModel
-from steer_server.generation import Engine
+from steer_server.generation import Engine, Tokenizer
 
 MAX_MESSAGES = 1024
 
@@ -29,13 +29,12 @@ async def read_prompt(message: prompt_pb2.Prompt, engine: Engine, path: str) -> 
         case "token_ids":
             where = f"{path}.token_ids.ids"
             ids = message.token_ids.ids
-            check_vocabulary(ids, tokenizer.vocab_size, where)
         case "chat":
             where = f"{path}.chat"
             ids = await _read_chat(message.chat, engine, where)
         case _:
             raise InvalidRequest("required: set text, token_ids or chat", field=path)
-    return _checked(ids, engine.max_model_len, where)
+    return _checked(ids, engine.max_model_len, tokenizer, where)
 
 
 async def read_continuation(
@@ -51,10 +50,9 @@ async def read_continuation(
         case "token_ids":
             where = f"{path}.token_ids.ids"
             ids = message.token_ids.ids
-            check_vocabulary(ids, tokenizer.vocab_size, where)
         case _:
             raise InvalidRequest("required: set text or token_ids", field=path)
-    return _checked(ids, engine.max_model_len - prompt_length, where)
+    return _checked(ids, engine.max_model_len - prompt_length, tokenizer, where)
 
 
 def _check_length(characters: int, engine: Engine, where: str) -> None:
@@ -67,13 +65,14 @@ def _check_length(characters: int, engine: Engine, where: str) -> None:
         )
 
 
-def _checked(ids: Sequence[int], room: int, where: str) -> tuple[int, ...]:
+def _checked(ids: Sequence[int], room: int, tokenizer: Tokenizer, where: str) -> tuple[int, ...]:
     if not ids:
         raise InvalidRequest("is empty; the model needs at least one token", field=where)
     if len(ids) >= room:
         raise PromptTooLong(
             f"{len(ids)} tokens; at most {room - 1} leave room for one more", field=where
         )
+    check_vocabulary(ids, tokenizer.vocab_size, where)
     return tuple(ids)
 
 

@@ -69,6 +69,10 @@ class _Turn:
     next_output: asyncio.Task[StepOutput | None]
     read_outs: tuple[ReadOut, ...]
     """That the last update asked for, or the turn began with."""
+    taken_read_outs: tuple[ReadOut, ...]
+    """Those of the last update that the engine took."""
+    revision: int = 0
+    """The one under which the last token sent was drawn."""
     unanswered: list[_Update] = field(default_factory=list)
     """Those that the engine has."""
     held: _Update | None = None
@@ -188,38 +192,37 @@ class Session:
             raise WrongState(
                 "a turn runs; wait for turn_finished or send cancel_turn", field="start_turn"
             )
-        if self._gate.draining.is_set():
-            raise EngineUnavailable("the server is shutting down")
         if not message.HasField("generation"):
             raise InvalidRequest("required", field="start_turn.generation")
         served = self._generations.served
         request = await read_generation(message.generation, served, "start_turn.generation")
+        if self._gate.draining.is_set():
+            raise EngineUnavailable("the server is shutting down")
         self._entry.turns += 1
         self._entry.generating = True
         name = f"{self._entry.session_id}:{self._entry.turns}"
         run = self._generations.begin("Session", name, request, live=True)
         outputs = run.outputs()
         max_tokens, read_outs = request.sampling.max_tokens, request.program.read_outs
-        self._turn = _Turn(run, max_tokens, outputs, self._bell.hang(pull(outputs)), read_outs)
+        pulled = self._bell.hang(pull(outputs))
+        self._turn = _Turn(run, max_tokens, outputs, pulled, read_outs, read_outs)
         return _Response(turn_started=events.started(name, request, served.engine.tokenizer))
 
     async def _update(self, message: steering_pb2.UpdateEdits) -> list[_Response]:
         asked = _Asked(message.update_id, time.perf_counter())
         turn = self._turn
+        at_index = message.at_index if message.HasField("at_index") else None
+        responses: list[_Response] = []
+        if turn and turn.held and turn.held.at_index != at_index:
+            responses = await self._send(turn)
         try:
             if turn is None:
                 raise WrongState("no turn runs", field="update")
             program = self._read_update(message, turn)
             turn.run.use(program)
         except SteerError as error:
-            return [self._rejected(asked, error)]
-        at_index = message.at_index if message.HasField("at_index") else None
-        responses: list[_Response] = []
-        earlier: tuple[_Asked, ...] = ()
-        if turn.held and turn.held.at_index == at_index:
-            earlier = turn.held.asked
-        elif turn.held:
-            responses = await self._send(turn)
+            return [*responses, self._rejected(asked, error)]
+        earlier = turn.held.asked if turn.held else ()
         turn.held = _Update(program, at_index, (*earlier, asked))
         turn.read_outs = program.read_outs
         if time.monotonic() >= turn.next_update:
@@ -250,7 +253,9 @@ class Session:
         except SteerError as error:
             if error.field:
                 error.field = f"update.{error.field}"
+            turn.read_outs = turn.taken_read_outs
             return [self._rejected(asked, error) for asked in update.asked]
+        turn.taken_read_outs = update.program.read_outs
         turn.unanswered.append(replace(update, revision=revision))
         return []
 
@@ -283,17 +288,20 @@ class Session:
         output = turn.next_output.result()
         if output is None:
             raise EngineUnavailable("the engine ended the generation without a finish")
-        responses = self._applied(turn, output)
-        revision = turn.run.revision
-        responses += events.tokens(_Response, output, revision)
+        responses, output = self._applied(turn, output)
+        turn.revision = turn.run.revision
+        responses += events.tokens(_Response, output, turn.revision)
         if output.finish is None:
             turn.next_output = self._bell.hang(pull(turn.outputs))
             return responses
         await self._close(turn)
         return responses + self._finish(turn, output.finish)
 
-    def _applied(self, turn: _Turn, output: StepOutput) -> list[_Response]:
-        """Answers to the updates that hold from a token of `output` on."""
+    def _applied(self, turn: _Turn, output: StepOutput) -> tuple[list[_Response], StepOutput]:
+        """Answers to the updates that hold from a token of `output` on, and what is then left of it.
+
+        Rows that were computed before are sent before: they count their read-outs in those that held.
+        """
         responses: list[_Response] = []
         while turn.unanswered:
             update = turn.unanswered[0]
@@ -301,6 +309,11 @@ class Session:
             if covering is None:
                 break
             turn.unanswered.pop(0)
+            parts = [rows.split(covering.first_row) for rows in output.activations]
+            before, after = (tuple(part[side] for part in parts) for side in (0, 1))
+            earlier = StepOutput(output.first_index, (), "", activations=before)
+            responses += events.tokens(_Response, earlier, turn.revision)
+            output = output._replace(activations=after)
             for asked in update.asked:
                 waited = time.perf_counter() - asked.arrived
                 self._generations.metrics.live_update_seconds.observe(waited)
@@ -312,7 +325,7 @@ class Session:
                     read_outs=write_read_outs(turn.run.read_outs(covering.revision)),
                 )
                 responses.append(_Response(update_applied=applied))
-        return responses
+        return responses, output
 
     def _finish(self, turn: _Turn, finish: Finish) -> list[_Response]:
         ended = WrongState("the turn ended before the update took effect", field="update")
@@ -340,5 +353,5 @@ def _covering(applied: tuple[RevisionApplied, ...], revision: int) -> RevisionAp
     if not later:
         return None
     first = min(later, key=lambda entry: entry.revision)
-    together = [entry for entry in later if entry.first_index == first.first_index]
+    together = [entry for entry in later if entry.first_row == first.first_row]
     return max(together, key=lambda entry: entry.revision)

@@ -7,7 +7,7 @@ import grpc
 from steer.v1 import steering_pb2, steering_pb2_grpc
 
 from steer_server.api import compare, events, patching, scores
-from steer_server.api.calls import Gate, principal, request_id
+from steer_server.api.calls import Gate, check_size, principal, request_id
 from steer_server.api.generations import Generations
 from steer_server.api.session import Session, SessionLimits
 from steer_server.api.sessions import Sessions
@@ -35,9 +35,12 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
     async def Generate(
         self, request: steering_pb2.GenerateRequest, context: _Context
     ) -> steering_pb2.GenerateResponse:
-        response = steering_pb2.GenerateResponse()
+        response, size = steering_pb2.GenerateResponse(), 0
         async with aclosing(self._events("Generate", request)) as found:
             async for event in found:
+                # Not only once all of it has been computed.
+                size += event.ByteSize()
+                check_size(size)
                 match event.WhichOneof("event"):
                     case "started":
                         response.started.CopyFrom(event.started)

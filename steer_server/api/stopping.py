@@ -49,7 +49,7 @@ class Stopper:
             token_ids=token_ids,
             text=self._text_of(token_ids),
             logprobs=output.logprobs[:kept],
-            activations=tuple(_until(rows, position) for rows in output.activations),
+            activations=tuple(rows.split(position + 1)[0] for rows in output.activations),
         )
         return cut, number
 
@@ -64,20 +64,10 @@ class Stopper:
         return [(int(position), number) for position in held[:1]]
 
     def _text_of(self, token_ids: Sequence[int]) -> str:
-        """What they add to the text sent so far."""
-        if not token_ids:
-            return ""
+        """What is missing of the text up to them: vLLM holds back what may yet become a stop text."""
         whole = self._tokenizer.decode([*self._token_ids, *token_ids]).rstrip("\ufffd")
-        return whole[len(self._text) :] if whole.startswith(self._text) else ""
-
-
-def _until(rows: ActivationRows, position: int) -> ActivationRows:
-    kept = int(np.searchsorted(rows.positions, position, "right"))
-    entries = int(rows.row_splits[kept])
-    return rows._replace(
-        positions=rows.positions[:kept],
-        row_splits=rows.row_splits[: kept + 1],
-        features=rows.features[:entries],
-        values=rows.values[:entries],
-        active=None if rows.active is None else rows.active[:kept],
-    )
+        # Some tokenizers print the space before the first word only after a prompt.
+        for sent in (self._text, self._text.removeprefix(" ")):
+            if whole.startswith(sent):
+                return whole[len(sent) :]
+        return ""

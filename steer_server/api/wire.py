@@ -9,7 +9,13 @@ from typing import Any, Protocol
 
 from steer.v1 import activations_pb2, edits_pb2, steering_pb2
 
-from steer_server.admission import MAX_READ_OUTS, check, check_scopes
+from steer_server.admission import (
+    MAX_READ_OUTS,
+    check,
+    check_scopes,
+    check_slots,
+    check_together,
+)
 from steer_server.api.calls import require_observe
 from steer_server.api.edits import Limits, check_feature, read_edits
 from steer_server.api.presets import Presets
@@ -30,6 +36,7 @@ from steer_server.units import finite
 
 MAX_STOPS = 16
 MAX_TEMPERATURE = 2.0
+MAX_SEED = 2**63 - 1
 MAX_SEQUENCES = 16
 MAX_PRESETS = 8
 MAX_STOP_WHEN = 8
@@ -82,6 +89,11 @@ async def read_generation(
     room = served.engine.max_model_len - len(prompt)
     sampling = _read_sampling(message.sampling, room, f"{path}.sampling")
     n = _read_n(message.sampling, many, f"{path}.sampling.n")
+    if sampling.seed is not None and sampling.seed + n - 1 > MAX_SEED:
+        raise InvalidRequest(
+            f"{sampling.seed} for the first of {n} sequences; the last one's may be {MAX_SEED}",
+            field=f"{path}.sampling.seed",
+        )
     if message.read_outs:
         require_observe(f"{path}.read_outs")
     if message.stop_when:
@@ -125,7 +137,10 @@ def read_program(
     program = Program((*edits, *own), read_outs, **limit)
     with _within(path, sources):
         program = program.resolve(prompt_length)
-        check(program, dict(registry))
+        check_together(program)
+        resident = dict(registry)
+        check(program, resident)
+        check_slots(program.features, resident, served.engine.slot_load.capacity)
         if computed is not None:
             check_scopes(program, prompt_length, computed)
     return program
@@ -166,6 +181,7 @@ async def read_encode(
     )
     program = Program(read_outs=read_outs)
     with _within("", []):
+        check_together(program)
         check(program, dict(registry))
     return ResolvedRequest(prompt, Sampling(max_tokens=1, temperature=0.0), program)
 
@@ -211,6 +227,8 @@ def _read_stop_when(
     found = []
     for index, message in enumerate(messages):
         where = f"{path}[{index}]"
+        if not message.dictionary:
+            raise InvalidRequest("required", field=f"{where}.dictionary")
         stored = registry.get(message.dictionary, field=f"{where}.dictionary")
         if not message.HasField("feature"):
             raise InvalidRequest("required", field=f"{where}.feature")
@@ -251,9 +269,7 @@ def _read_sampling(message: steering_pb2.Sampling, room: int, path: str) -> Samp
         temperature=temperature,
         top_p=top_p,
         top_k=_at_most(message.top_k, 2**31 - 1, f"{path}.top_k"),
-        seed=_at_most(message.seed, 2**63 - 1, f"{path}.seed")
-        if message.HasField("seed")
-        else None,
+        seed=_at_most(message.seed, MAX_SEED, f"{path}.seed") if message.HasField("seed") else None,
         stop=_read_stops(message.stop, f"{path}.stop"),
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs,

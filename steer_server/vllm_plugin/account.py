@@ -37,6 +37,8 @@ class Account:
     wants_distribution: bool = False
     distribution: Any = None
     """vLLM's LogprobsLists of the one token generated."""
+    ended: bool = False
+    """vLLM is done with it; nothing more comes in."""
     settle: Callable[[], None] = lambda: None
     """Makes the ledger hand over what it has."""
     _skipped: list[tuple[int, int]] = field(default_factory=list)
@@ -110,7 +112,7 @@ class Account:
     def applied(self, result: StepResult) -> tuple[RevisionApplied, ...]:
         """The revisions that began to hold, by the first generated token drawn under them."""
         return tuple(
-            RevisionApplied(revision, max(0, position + 1 - self.prompt_length))
+            RevisionApplied(revision, max(0, position + 1 - self.prompt_length), position)
             for revision, position in result.applied
         )
 

@@ -10,6 +10,7 @@ from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.edit_rows import RowPlan
 from steer_server.vllm_plugin.residents import Residents
 from steer_server.vllm_plugin.site_edits import Outcome, SiteEdits, SitePass
+from steer_server.vllm_plugin.transfer import to_device
 
 
 class DenseSite:
@@ -153,7 +154,7 @@ class DensePlan:
         """The activations of the features in use."""
         f = self._features.encode(x, rectified=self._rectified)
         for resident, columns, features in self._chosen:
-            f[:, columns] = resident.encode(x)[:, features]
+            f[:, columns] = resident.encode_by_rank(x, features)
         return f
 
     def _of(self, batch: Tensor) -> Tensor:
@@ -180,7 +181,11 @@ def _chosen_by_rank(slots: np.ndarray, bank: Bank, residents: Residents):
             columns, features = found.setdefault(name, ([], []))
             columns.append(column)
             features.append(feature)
-    return [(residents[name], columns, features) for name, (columns, features) in found.items()]
+    device = bank.decoder_norm.device
+    return [
+        (residents[name], columns, to_device(np.array(features), device))
+        for name, (columns, features) in found.items()
+    ]
 
 
 def _stream(hidden: Tensor, residual: Tensor | None) -> Tensor:

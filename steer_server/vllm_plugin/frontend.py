@@ -6,7 +6,7 @@ the engine, and results are taken out before vLLM merges the outputs of a slow r
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -126,7 +126,7 @@ class Frontend:
         admitted = self.admission.admit(program, account.prompt_length)
         programs = [*account.programs, admitted.program]
         admission = self.admission
-        check_revisions(programs, admission.dictionaries, admission.sites, admission.slots)
+        check_revisions(programs, admission.dictionaries, admission.slots)
         # Token 0 is drawn from the row of the prompt's last token.
         first = 0 if at_index is None else account.prompt_length - 1 + at_index
         message = _message({**admitted.content, "update": vllm_id, "first": first})
@@ -139,7 +139,7 @@ class Frontend:
 
     def _live(self, name: str, so: str) -> tuple[str, Account]:
         vllm_id = self._names.get((name, 0), "")
-        account = self.accounts.get(vllm_id)
+        account = self._running(vllm_id)
         if account is None:
             raise InvalidRequest(f"generation {name!r} is not live or has ended; {so}")
         return vllm_id, account
@@ -151,12 +151,24 @@ class Frontend:
             if content is not None:
                 output.kv_transfer_params = output.kv_transfer_params or None
                 self._enter(content)
-            account = self.accounts.get(output.request_id)
+            account = self._running(output.request_id)
             if account is not None:
                 account.token_ids += output.new_token_ids
                 if account.wants_distribution and output.new_logprobs is not None:
                     # vLLM would make a Python object of every token's.
                     account.distribution, output.new_logprobs = output.new_logprobs, None
+
+    def end(self, vllm_ids: Iterable[str]) -> None:
+        """vLLM has ended these requests: what steps that had begun by then tell of them counts for nothing."""
+        ended = [account for vllm_id in vllm_ids if (account := self._running(vllm_id))]
+        if ended:
+            self._ledger.settle()
+        for account in ended:
+            account.ended = True
+
+    def _running(self, vllm_id: str) -> Account | None:
+        account = self.accounts.get(vllm_id)
+        return None if account is None or account.ended else account
 
     def _enter(self, content: Mapping[str, Any]) -> None:
         self._slots_used, self._held = content["load"]
@@ -170,7 +182,7 @@ class Frontend:
 
     def _result(self, vllm_id: str) -> StepResult:
         """What the request gathers; if it has ended, nobody reads it."""
-        account = self.accounts.get(vllm_id)
+        account = self._running(vllm_id)
         return StepResult() if account is None else account.result
 
     def _distrust(self, vllm_id: str, position: int, error: SteerError) -> None:
@@ -179,7 +191,7 @@ class Frontend:
             account.distrust(position, error)
 
     def _tell(self, vllm_id: str, tally: EditTally) -> None:
-        account = self.accounts.get(vllm_id)
+        account = self._running(vllm_id)
         if account is not None:
             account.enter(tally)
 
@@ -225,7 +237,10 @@ def attach(processor: Any, frontend: Frontend) -> None:
 
     def process_outputs(outputs: Any, *rest: Any, **named: Any) -> Any:
         frontend.receive(outputs)
-        return process(outputs, *rest, **named)
+        result = process(outputs, *rest, **named)
+        known = processor.request_states
+        frontend.end(entry.request_id for entry in outputs if entry.request_id not in known)
+        return result
 
     processor.add_request = add_request
     processor.process_outputs = process_outputs

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,9 @@ from torch import Tensor
 from steer_server.program import ReadOut
 from steer_server.vllm_plugin.encode_kernel import MAX_K, encode_topk
 from steer_server.vllm_plugin.report import RowBlock
-from steer_server.vllm_plugin.residents import Resident
+from steer_server.vllm_plugin.residents import Resident, in_parts, rows_at_once
 from steer_server.vllm_plugin.strongest import strongest
 from steer_server.vllm_plugin.transfer import to_device
-
-PART_BYTES = 2**26
-"""At full width so many rows at once as take no more: a long prefill's would not fit beside the model, nor stay in caches."""
 
 
 class Want(NamedTuple):
@@ -32,10 +29,10 @@ class Want(NamedTuple):
     last: int
 
 
-Encoded = tuple[Tensor, ...]
-"""What encoding leaves for `Reading.block`: mostly features and values [rows, k], and, at full width, how many are active."""
 Listed = tuple[NDArray, NDArray, NDArray, NDArray | None]
 """How many features of each row; the features and values, row after row; and how many are active."""
+Encoded = tuple[Tensor | NDArray, ...]
+"""What encoding leaves for `Reading.block`: mostly features and values [rows, k], and, at full width, how many are active."""
 
 
 class Reading:
@@ -116,14 +113,12 @@ class Reading:
         numbers = to_device(np.array(union), device)
         chosen = resident.rows.take(numbers)
 
-        def values(x: Tensor, columns: Tensor) -> Encoded:
-            f = resident.encode(x).index_select(1, numbers) if resident.k else chosen.encode(x)
+        def values(x: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+            f = resident.encode_by_rank(x, numbers) if resident.k else chosen.encode(x)
             return (f.gather(1, columns),)
 
-        width = len(resident.rows.bias if resident.k else union)
-
         def encode(x: Tensor) -> Encoded:
-            return features, *_in_parts(values, width, x, columns)
+            return features, *in_parts(values, len(union), x, columns)
 
         return encode, partial(_listed, np.zeros(1), np.repeat(kept, self._lengths, axis=0))
 
@@ -137,38 +132,32 @@ def _one_pass(resident: Resident, above: NDArray, limits: NDArray, most: int) ->
     threshold = resident.rows.threshold.numpy()
 
     def encode(x: Tensor) -> Encoded:
-        return (resident.preactivations(x),)
+        height = rows_at_once(len(threshold))
+        if len(x) <= height:
+            return (resident.preactivations(x),)
+        parts = [slice(first, first + height) for first in range(0, len(x), height)]
+        found = [listed_of(resident.preactivations(x[part]).numpy(), part) for part in parts]
+        return tuple(np.concatenate(column) for column in zip(*found, strict=True))  # type: ignore[arg-type]
 
-    def listed(z: NDArray) -> Listed:
-        counts, features, values, active = strongest(z, threshold, above, limits)
+    def listed_of(z: NDArray, part: slice) -> Listed:
+        counts, features, values, active = strongest(z, threshold, above[part], limits[part])
         return counts, features, values, np.minimum(active, most)
+
+    def listed(*encoded: Any) -> Listed:
+        z, *rest = encoded
+        return encoded if rest else listed_of(z, slice(None))
 
     return encode, listed
 
 
 def _by_topk(resident: Resident, k: int) -> Callable[[Tensor], Encoded]:
-    def encode(x: Tensor) -> Encoded:
+    def encode(x: Tensor) -> tuple[Tensor, ...]:
         f = resident.encode(x)
         # A direction without an encoder may be active below zero; strongest means farthest from it.
         found = f.abs().topk(k, dim=1)
         return found.indices.int(), f.gather(1, found.indices), torch.count_nonzero(f, dim=1)
 
-    return partial(_in_parts, encode, len(resident.rows.bias))
-
-
-def _in_parts(encode: Callable[..., Encoded], width: int, *tables: Tensor) -> Encoded:
-    """`encode` of the rows of the tables, so many at once that `width` values of each fit `PART_BYTES`."""
-    most = max(1, PART_BYTES // (4 * width))
-    n_rows = len(tables[0])
-    if n_rows <= most:
-        return encode(*tables)
-    found: Encoded = ()
-    for first in range(0, n_rows, most):
-        part = encode(*(table[first : first + most] for table in tables))
-        found = found or tuple(column.new_empty(n_rows, *column.shape[1:]) for column in part)
-        for whole, column in zip(found, part, strict=True):
-            whole[first : first + most] = column
-    return found
+    return partial(in_parts, encode, len(resident.rows.bias))
 
 
 def _fused(resident: Resident, k: int) -> Callable[[Tensor], Encoded]:

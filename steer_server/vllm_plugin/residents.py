@@ -1,6 +1,6 @@
 """The dictionaries that a worker holds in memory, and the features of theirs that programs use."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from steer_server.dictionary.site import Site
 from steer_server.errors import CorruptDictionary, DictionaryMismatch, OutOfMemory
 from steer_server.vllm_plugin.bank import Bank, Feature
 
+PART_BYTES = 2**26
+"""At full width so many rows at once as take no more: a long prefill's would not fit beside the model, nor stay in caches."""
 _SMALL = 2**20
 """Bytes for which a GPU always has room beside a step's, as for the self-test's one direction."""
 
@@ -38,9 +40,35 @@ class Resident(NamedTuple):
         f = self.rows.encode(x, rectified=self.rectified, packed=self.packed)
         return keep_largest(f, self.k) if self.k else f
 
+    def encode_by_rank(self, x: Tensor, features: Tensor) -> Tensor:
+        """The activations of some features of a TopK dictionary, which have to be among the k largest of all."""
+        width = len(self.rows.bias)
+        return in_parts(lambda part: (self.encode(part).index_select(1, features),), width, x)[0]
+
     def preactivations(self, x: Tensor) -> Tensor:
         """The activations where they pass the threshold, and elsewhere what does not."""
         return linear(x, self.rows.encoder, self.rows.bias, packed=self.packed)
+
+
+def rows_at_once(width: int) -> int:
+    """So many that `width` values of each fit `PART_BYTES`."""
+    return max(1, PART_BYTES // (4 * width))
+
+
+def in_parts(
+    encode: Callable[..., tuple[Tensor, ...]], width: int, *tables: Tensor
+) -> tuple[Tensor, ...]:
+    """`encode` of the rows of the tables, which has `width` values of each in memory: so some at once."""
+    most, n_rows = rows_at_once(width), len(tables[0])
+    if n_rows <= most:
+        return encode(*tables)
+    found: tuple[Tensor, ...] = ()
+    for first in range(0, n_rows, most):
+        part = encode(*(table[first : first + most] for table in tables))
+        found = found or tuple(column.new_empty(n_rows, *column.shape[1:]) for column in part)
+        for whole, column in zip(found, part, strict=True):
+            whole[first : first + most] = column
+    return found
 
 
 class Residents(dict[str, Resident]):

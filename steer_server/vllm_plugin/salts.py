@@ -69,7 +69,8 @@ class Salts:
     def spoil(self, vllm_id: str, position: int) -> list[Account]:
         """The request's row at `position` was left unedited: nobody gets its salt any more.
 
-        Returns the accounts of those that have it, are in hand, and read the same tokens up to that row.
+        Returns the accounts of those that have it, are in hand, and read the same tokens up to that row, as far as those
+        are known: a request's may end before the steps that were under way.
         """
         given = self._given.get(vllm_id) or self._ended.get(vllm_id)
         if given is None or (given.unedited is not None and given.unedited <= position):
@@ -83,6 +84,7 @@ class Salts:
             else:
                 self._renamed[given.key] = secrets.token_hex(8)
         read, seen = given.account.tokens(0, position + 1), _until(position, given)
+        last = len(read) - 1
         return [
             other.account
             for other in self._given.values()
@@ -90,8 +92,8 @@ class Salts:
             and other.key == given.key
             and other is not given
             # Most differ there, and then the rest is not looked at.
-            and other.account.tokens(position, position + 1) == read[-1:]
-            and other.account.tokens(0, position + 1) == read
+            and other.account.tokens(last, last + 1) == read[-1:]
+            and other.account.tokens(0, last + 1) == read
             and _until(position, other) == seen
         ]
 

@@ -1,6 +1,7 @@
 """What plain vLLM's front-end does for programs: starts engines with sites, admits, proves, answers."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from steer_server import __version__
 from steer_server.dictionary.card import model_shape
 from steer_server.dictionary.files import check_model, check_served, load
-from steer_server.errors import InvalidRequest, SteerError, UnsupportedVllm
+from steer_server.errors import AnswerTooLarge, InvalidRequest, SteerError, UnsupportedVllm
 from steer_server.generation import ActivationRows
 from steer_server.vllm_plugin import KEY, WORKERS, endpoints, offline
 from steer_server.vllm_plugin.account import Account
@@ -24,6 +25,8 @@ from steer_server.vllm_plugin.plugin import SLOTS
 from steer_server.vllm_plugin.support import check_supported
 
 DEFAULT_SLOTS = 1024
+MAX_ENTRIES = 2**21
+"""Rows and activations of the answer of a server to a request, which is made whole, and of JSON."""
 
 _next: list[Callable[[Any], None]] = []
 """At most one: what is to be done to the next OutputProcessor."""
@@ -178,6 +181,8 @@ class _Answers:
         """By vLLM's id of a sequence: what it has read so far."""
         self._reports: dict[str, dict[str, Any]] = {}
         """By vLLM's id of a request: the reports of its sequences that have ended, by their number."""
+        self._entries: Counter[str] = Counter()
+        """By vLLM's id of a request: rows and activations so far."""
         self._left: Any = None
         """vLLM's result of a step that raised."""
 
@@ -203,11 +208,7 @@ class _Answers:
                 else:
                     self._end(state, result)
                     failed = failed or error
-        known = self._processor.request_states
-        for vllm_id in self._rows.keys() - known.keys():
-            del self._rows[vllm_id]
-        for vllm_id in self._reports.keys() - self._processor.parent_requests.keys():
-            del self._reports[vllm_id]
+        self._forget_ended()
         if self._left is not None:
             result.request_outputs[:0] = self._left.request_outputs
             result.reqs_to_abort[:0] = self._left.reqs_to_abort
@@ -219,17 +220,28 @@ class _Answers:
         """vLLM's front-end has aborted these sequences, and put it on the queues of who awaits them."""
         for state in states:
             account = self._frontend.accounts.get(state.request_id)
-            reports = self._reports.get(_parent(state), {})
             # vLLM aborts a request's sequences one by one, and once more says that it has.
-            if not account or state.queue is None or str(state.request_index) in reports:
+            if not account or account.ended:
                 continue
             try:
-                if account.token_ids:
+                if state.queue is not None and account.token_ids:
                     self._enter(state, account, None)
-                else:
-                    _deliver(state, None, reports)
+                elif state.queue is not None:
+                    _deliver(state, None, self._reports.get(_parent(state), {}))
             except SteerError as error:
                 _fail(state, error)
+            self._frontend.end([state.request_id])
+        for state in states:
+            # vLLM keeps a request of several sequences that was aborted by the caller's name for it.
+            if state.parent_req is None or not state.parent_req.child_requests:
+                self._reports.pop(_parent(state), None)
+                self._entries.pop(_parent(state), None)
+
+    def _forget_ended(self) -> None:
+        sequences, requests = self._processor.request_states, self._processor.parent_requests
+        _forget(self._rows, sequences)
+        _forget(self._reports, requests)
+        _forget(self._entries, {**sequences, **requests} if self._entries else {})
 
     def _end(self, state: Any, result: Any) -> None:
         """Nothing comes of the request any more, nor of its other sequences."""
@@ -246,17 +258,37 @@ class _Answers:
         vllm_id = state.request_id
         rows = self._rows.setdefault(vllm_id, [])
         found = account.take()
-        rows += found.rows if found else ()
+        if found and found.rows:
+            self._entries[_parent(state)] += sum(
+                len(part.positions) + len(part.features) for part in found.rows
+            )
+            if state.queue is not None and self._entries[_parent(state)] > MAX_ENTRIES:
+                rows.clear()
+                raise _too_large(self._entries[_parent(state)])
+            rows += found.rows
         if vllm_id not in self._processor.request_states:
             reports = self._reports.setdefault(_parent(state), {})
             reports[str(state.request_index)] = _report(account, self._rows.pop(vllm_id))
             _deliver(state, result, reports)
 
 
+def _forget(kept: dict[str, Any], known: Mapping[str, Any]) -> None:
+    for vllm_id in kept.keys() - known.keys():
+        del kept[vllm_id]
+
+
 def _broken(reason: FinishReason | None, account: Account) -> bool:
     """Whether vLLM ended it itself: with an error, or before there was a token, and so before all rows of the prompt."""
     aborted = reason is FinishReason.ABORT and not account.token_ids
     return reason is FinishReason.ERROR or aborted
+
+
+def _too_large(entries: int) -> AnswerTooLarge:
+    return AnswerTooLarge(
+        f"the read-outs have {entries} rows and activations by now, an answer at most {MAX_ENTRIES}; ask for less, or ask "
+        "steer-server, which streams them",
+        field="read_outs",
+    )
 
 
 def _report(account: Account, rows: list[ActivationRows]) -> dict[str, Any]:
@@ -295,7 +327,7 @@ def _deliver(state: Any, result: Any, reports: dict[str, Any]) -> None:
 def _fail(state: Any, error: SteerError) -> None:
     """Ends one request with the error in place of the output that nobody has taken yet."""
     # vLLM hands the cause on and aborts the request.
-    blamed = isinstance(error, InvalidRequest)
+    blamed = isinstance(error, InvalidRequest | AnswerTooLarge)
     state.queue.put(InputStreamError(_bad_request(error) if blamed else error))
 
 

@@ -12,12 +12,16 @@ from torch import Tensor
 class Transfer:
     """Copies that have been asked for. What is on the host, tensor or array, is not copied."""
 
-    def __init__(self, values: Sequence[Tensor] | Sequence[NDArray[Any]]) -> None:
+    def __init__(self, values: Sequence[Tensor | NDArray[Any]]) -> None:
         self._values = values
         self._copied: torch.cuda.Event | None = None
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        if any(tensor.is_cuda for tensor in tensors):
-            self._values = [_pinned(tensor).copy_(tensor, non_blocking=True) for tensor in tensors]
+        if any(isinstance(value, Tensor) and value.is_cuda for value in values):
+            self._values = [
+                _pinned(value).copy_(value, non_blocking=True)
+                if isinstance(value, Tensor)
+                else value
+                for value in values
+            ]
             # Blocking, so that the thread that waits does not spin.
             self._copied = torch.cuda.Event(blocking=True)
             self._copied.record()

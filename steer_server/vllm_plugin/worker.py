@@ -4,6 +4,7 @@
 worker replaces CUDA's events, streams and pinned memory by stand-ins for the whole process (vllm/v1/worker/cpu/shm.py).
 """
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from vllm.config import CompilationMode
 from vllm.distributed import get_pp_group, get_tp_group
 
 from steer_server.dictionary.site import Site
-from steer_server.errors import EditNotApplied, SteerError
+from steer_server.errors import EditNotApplied, EngineUnavailable, SteerError
 from steer_server.vllm_plugin import KEY, layers, op, pipeline, runner_v1, runner_v2
 from steer_server.vllm_plugin.eager import EagerModel
 from steer_server.vllm_plugin.residents import Resident
@@ -22,6 +23,8 @@ from steer_server.vllm_plugin.runner import with_reports
 from steer_server.vllm_plugin.runtime import Runtime, Step
 from steer_server.vllm_plugin.sentinel import sentinel
 from steer_server.vllm_plugin.support import check_supported, use_kernels
+
+_log = logging.getLogger(__name__)
 
 _UNMEASURED = 2**30
 """Bytes of a GPU for what vLLM's trial step has none of: log-probabilities of a prompt, read-outs."""
@@ -118,7 +121,8 @@ class SteerWorker:
             return output
         step = self.steer.end_step()
         arrived, self._arrived[:] = list(self._arrived), []
-        if step is None and not arrived:
+        # None: the model has failed, and vLLM goes on to say with what.
+        if output is None or (step is None and not arrived):
             return output
         return with_reports(output, partial(self._reports, arrived, step))
 
@@ -142,11 +146,17 @@ class SteerWorker:
         return self._read[name].done()
 
     def steer_load(self, name: str) -> list[str]:
-        """Empty, or the class and text of the SteerError: vLLM passes on the text of an exception only."""
+        """Empty, or the class and text of a SteerError.
+
+        vLLM passes on the text of an exception only, and leaves what the ranks behind it have answered to its next call.
+        """
         try:
             self.steer.residents.place(name, self._read.pop(name).result())
         except SteerError as error:
             return [type(error).__name__, str(error)]
+        except Exception as error:
+            _log.exception("dictionary %r was not loaded", name)
+            return [EngineUnavailable.__name__, f"a worker did not load it: {error!r}"]
         return []
 
     def steer_sentinel(self, site: str) -> None:

@@ -92,7 +92,7 @@ AT_BOUNDS: list[tuple[str, Change]] = [
     ("Generate", {"generation.sampling": {"max_tokens": 1, "n": 16, "stop": ["~~"] * 16}}),
     ("Generate", {"generation.edits": [], "generation.presets": ["gardens"]}),
     ("Generate", {"generation.stop_when": [{"dictionary": NAME, "feature": 2, "above": 0}] * 8}),
-    ("Generate", {"generation.edits": [edit(ablate={}, feature=i) for i in range(32)]}),
+    ("Generate", {"generation.edits": [edit(ablate={}, feature=i) for i in range(16)]}),
     ("Generate", {"generation.read_outs": [READ_OUT] * 8}),
     ("Generate", {"generation.read_outs[0].top_k": 128}),
     *(

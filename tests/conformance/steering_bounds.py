@@ -71,6 +71,7 @@ _SAMPLING = [
 
 _STOPS = [
     ([{"dictionary": NAME, "feature": 2}] * 9, ""),
+    ([{"feature": 2}], "[0].dictionary"),
     ([{"dictionary": NAME}], "[0].feature"),
     ([{"dictionary": NAME, "feature": 2, "above": -1}], "[0].above"),
 ]
@@ -87,6 +88,18 @@ _OTHERS: list[Row] = [
             ("UpdateEdits", "Update", "update.edits"),
         )
     ),
+    # More features than the engine has slots.
+    *(
+        ("Generation.edits", INVALID, rpc, {f"{path}.edits": _TOO_MANY[:17]}, f"{path}.edits")
+        for rpc, path in GENERATIONS
+    ),
+    (
+        "Generation.read_outs",
+        INVALID,
+        "generation",
+        {"read_outs": [READ_OUT, {"dictionary": NAME, "above": {"row_bytes": 32_768}}]},
+        "read_outs",
+    ),
     # Its text is read once more, with room for a token.
     (
         "Prompt.content",
@@ -96,6 +109,13 @@ _OTHERS: list[Row] = [
         "generation.prompt",
     ),
     ("Generation.read_outs", INVALID, "generation", {"read_outs": [READ_OUT] * 9}, "read_outs"),
+    (
+        "Sampling.seed",
+        INVALID,
+        "Generate",
+        {"generation.sampling": {"seed": 2**63 - 1, "n": 2}},
+        "generation.sampling.seed",
+    ),
     (
         "ReadOuts.read_outs",
         INVALID,

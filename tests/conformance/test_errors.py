@@ -10,8 +10,8 @@ from steer.v1 import admin_pb2, steering_pb2, steering_pb2_grpc
 
 from steer_client import CallFailed
 from steer_server import errors
+from steer_server.api import calls
 from steer_server.api import errors as wire
-from steer_server.api import interceptor
 from steer_server.api.auth import Scope, TokenFile, new_token
 from steer_server.api.interceptor import Policy
 from steer_server.api.session import SessionLimits
@@ -114,7 +114,7 @@ async def nobody_reads(_: Serving, __: Path) -> CallFailed:
 
 async def too_large(service: Serving, _: Path) -> CallFailed:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(interceptor, "MAX_RESPONSE_BYTES", 10)
+        patched.setattr(calls, "MAX_RESPONSE_BYTES", 10)
         return await refused(service, "GetServerInfo", {})
 
 

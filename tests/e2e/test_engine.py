@@ -342,7 +342,8 @@ async def test_an_update_holds_from_exactly_the_index_it_names(
     assert await engine.update("at", program(last), 10) == 2
     outcome = await running
 
-    assert outcome.applied == [RevisionApplied(1, 6), RevisionApplied(2, 10)]
+    row = len(prompt) - 1
+    assert outcome.applied == [RevisionApplied(1, 6, row + 6), RevisionApplied(2, 10, row + 10)]
 
     def edits_at(position: int) -> Sequence[Edit]:
         token = position - len(prompt) + 1
@@ -378,7 +379,7 @@ async def test_a_paused_generation_waits_and_then_goes_on_as_if_nothing_had_happ
 
     # The tokens of the steps that were under way as the pause came.
     assert 3 <= seen <= 7
-    assert outcome.applied == [RevisionApplied(1, 12)]
+    assert outcome.applied == [RevisionApplied(1, 12, len(prompt) + 11)]
 
     def edits_at(position: int) -> Sequence[Edit]:
         return () if not position else edits if position < len(prompt) + 11 else changed

@@ -124,9 +124,8 @@ class FakeEngine:
         state = self._live(request_id)
         if at_index is not None and at_index < 0:
             raise InvalidRequest(f"{at_index} is no index of a token", field="at_index")
-        sites = list({stored.card.site for stored in self._dictionaries.values()})
         programs = [*state.programs, program]
-        check_revisions(programs, self._dictionaries, sites, self.slot_load.capacity)
+        check_revisions(programs, self._dictionaries, self.slot_load.capacity)
         state.programs.append(program)
         state.at.append(at_index or 0)
         revision = len(state.programs) - 1
@@ -181,9 +180,10 @@ class FakeEngine:
         prompt, sampling = state.generation.prompt_token_ids, state.generation.sampling
         index = len(state.tokens)
         due = max(revision for revision, at in enumerate(state.at) if at <= index)
-        applied = tuple(RevisionApplied(r, index) for r in range(state.revision + 1, due + 1))
-        state.revision = due
         positions = range(len(prompt)) if index == 0 else [len(prompt) + index - 1]
+        begun = range(state.revision + 1, due + 1)
+        applied = tuple(RevisionApplied(revision, index, positions[0]) for revision in begun)
+        state.revision = due
         x = self._embedding[list(prompt) if index == 0 else [state.tokens[-1]]]
         self.computed.append((state.generation.request_id, x))
         edited = self._edited(state, x, positions)

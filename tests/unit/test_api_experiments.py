@@ -1,12 +1,14 @@
 """Compare, Score and Patch over the wire, against what the engine's own map gives."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from steer_client import CallFailed, SteerClient, add
+from steer_server.api import patching
 from steer_server.generation import SlotLoad
 from tests.unit.serving import INPUT_SCALE, NAME, Serving, serving, small_dictionary
 
@@ -167,6 +169,22 @@ async def test_patching_a_set_gives_the_distribution_of_the_patched_target(runni
     assert result.patched_features == len(chosen)
     assert (nothing.target_kl, nothing.edit_norm, nothing.patched_features) == (0, 0, 0)
     assert response.source_target_kl == pytest.approx(kl(other, plain), abs=1e-4)
+
+
+async def test_what_patches_made_of_it_is_compared_beside_the_event_loop(
+    running, monkeypatch: pytest.MonkeyPatch
+):
+    compare, calls = patching.kl, []
+
+    def measured(p, q) -> float:
+        calls.append(threading.current_thread() is threading.main_thread())
+        return compare(p, q)
+
+    monkeypatch.setattr(patching, "kl", measured)
+    await running[1].patch(SOURCE, TARGET, NAME, [[feature] for feature in range(8)])
+
+    # The one of source and target is made once.
+    assert sorted(calls) == [False] * 24 + [True]
 
 
 async def test_all_features_are_those_that_differ(running):

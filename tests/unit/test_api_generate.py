@@ -8,6 +8,7 @@ import pytest
 from steer.v1 import activations_pb2, edits_pb2, prompt_pb2, steering_pb2, steering_pb2_grpc
 
 from steer_client import (
+    CallFailed,
     ablate,
     active,
     add,
@@ -20,7 +21,7 @@ from steer_client import (
     rows,
     scale,
 )
-from steer_server.api import events
+from steer_server.api import calls, events
 from steer_server.dictionary.edits import AddRelative
 from steer_server.generation import ActivationRows, StepOutput
 from tests.unit.serving import INPUT_SCALE, NAME, Serving, collect, serving, small_dictionary
@@ -428,3 +429,32 @@ async def test_what_a_slow_reader_gets_at_once_is_cut_at_the_feature_too(running
     assert 0 < len(kept) < 6
     assert "".join(r.tokens.text for r in steered) == "".join(map(chr, kept))
     assert steered[-1].finished.usage.generated_tokens == len(kept)
+
+
+async def test_an_answer_that_grows_too_large_ends_while_it_is_made(
+    running: Serving, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(calls, "MAX_RESPONSE_BYTES", 400)
+    request = steering_pb2.GenerateRequest(
+        generation={
+            "prompt": {"text": PROMPT},
+            "sampling": {"max_tokens": 40},
+            "read_outs": [read_top(NAME, 8)],
+        }
+    )
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.steering.Generate(request, metadata=[("x-request-id", "too-large")])
+
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "too-large" in running.engine.aborted
+
+
+async def test_a_program_that_never_finds_its_slots_is_refused_by_its_path(running: Serving):
+    edits = [clamp((NAME, feature), 1) for feature in range(17)]
+
+    with pytest.raises(CallFailed) as caught:
+        await generate(running, edits=edits)
+
+    assert caught.value.field == "generation.edits"
+    assert "17 slots" in str(caught.value)

@@ -8,8 +8,9 @@ from steer.v1 import steering_pb2
 
 from steer_client import CallFailed, SteerClient, ablate, add, clamp, read, rejection
 from steer_server.api.session import SessionLimits, _covering
+from steer_server.api.wire import read_generation
 from steer_server.errors import InvalidRequest
-from steer_server.generation import RevisionApplied
+from steer_server.generation import RevisionApplied, StepOutput
 from tests.unit.serving import NAME, Serving, serving
 
 FIRST, SECOND = [add((NAME, 2), 3, "norm")], [clamp((NAME, 3), 5)]
@@ -333,10 +334,12 @@ async def test_commands_get_through_to_an_engine_that_never_waits():
 
 @pytest.mark.parametrize(
     ("revision", "expected"),
-    [(1, (2, 4)), (2, (2, 4)), (3, (3, 6)), (4, None)],
+    # The first two begin in other chunks of the prompt, and so with the same token.
+    [(1, (1, 0, 5)), (2, (2, 0, 6)), (3, (4, 4, 8)), (4, (4, 4, 8)), (5, (5, 6, 10)), (6, None)],
 )
 def test_an_update_is_covered_by_the_last_of_those_that_began_with_it(revision, expected):
-    applied = (RevisionApplied(1, 4), RevisionApplied(2, 4), RevisionApplied(3, 6))
+    places = [(0, 5), (0, 6), (4, 8), (4, 8), (6, 10)]
+    applied = tuple(RevisionApplied(i + 1, *place) for i, place in enumerate(places))
 
     covering = _covering(applied, revision)
 
@@ -386,6 +389,66 @@ async def test_read_outs_change_with_an_update_and_stay_without(service, session
         asked = [list(entry.features.features) for entry in applied.read_outs]
         assert asked == [[5], [6]]
         assert {entry.read_out for entry in tokens.activations} == {0, 1}
+
+
+async def test_rows_read_before_an_update_come_before_its_answer(service, session):
+    service.engine.merge = 4
+    events = Reader(session)
+    await session.start("hello", max_tokens=4, read_outs=[read(NAME, [2])])
+    await events.until("Started")
+    await until(lambda: programs(service) == 1)
+    await session.update([], read_outs=[read(NAME, [5])], at_index=2)
+    await until(lambda: programs(service) == 2)
+    step(service, 4)
+
+    before, applied, after, finished = [await events.next() for _ in range(4)]
+
+    assert [kind(event) for event in (applied, finished)] == ["UpdateApplied", "Finished"]
+    assert (applied.first_index, before.revision, after.revision) == (2, 0, 1)
+    assert (list(before.ids), len(after.ids)) == ([], 4)
+    for tokens, feature, positions in ((before, 2, range(6)), (after, 5, range(6, 8))):
+        read_at = [position for part in tokens.activations for position in part.position]
+        assert read_at == list(positions)
+        assert {named for part in tokens.activations for named in part.feature} <= {feature}
+
+
+async def test_a_revision_that_is_told_early_is_the_one_of_its_token_when_it_comes():
+    async with serving() as service:
+        generations = service.generations
+        wanted = steering_pb2.Generation(prompt={"text": "hello"})
+        request = await read_generation(wanted, generations.served, "generation")
+        run = generations.begin("Session", "r", request, live=True)
+
+    early = StepOutput(0, (1,), "", applied=(RevisionApplied(1, 1, 5),))
+    revisions = []
+    for output in (early, StepOutput(1, (2,), "")):
+        run._observe(output)
+        revisions.append(run.revision)
+
+    assert revisions == [0, 1]
+
+
+async def test_the_read_outs_of_an_update_that_was_refused_do_not_stay(service, session):
+    update = service.engine.update
+
+    async def refuse(*_):
+        raise InvalidRequest("no room", field="edits")
+
+    events = Reader(session)
+    await session.start("hello", max_tokens=2, read_outs=[read(NAME, [2])])
+    step(service)
+    await events.until("Tokens")
+    service.engine.update = refuse
+    await session.update(FIRST, read_outs=[read(NAME, [5])])
+    await events.until("UpdateRejected")
+    service.engine.update = update
+    await session.update(FIRST)
+    await until(lambda: programs(service) == 2)
+    step(service)
+
+    (applied,) = await events.until("UpdateApplied")
+
+    assert [list(entry.features.features) for entry in applied.read_outs] == [[2]]
 
 
 async def test_a_paused_turn_computes_nothing_until_it_is_resumed(service, session):

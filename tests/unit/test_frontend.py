@@ -148,6 +148,18 @@ def test_the_late_report_of_an_aborted_request_counts_for_the_cache_too() -> Non
     assert fleet.send("late") != spoilt
 
 
+def test_who_took_a_row_of_a_step_under_way_at_its_owners_end_fails_too() -> None:
+    fleet = Fleet()
+    for name, length in (("owner", 8), ("longer", 10)):
+        fleet.send(name, length)
+    fleet.frontend.end(["owner"])
+    # vLLM computed a row more before it knew; whether "longer" goes on as the owner did is not known here.
+    fleet.report(StepReport(["owner", "longer"], skipped=[(1, 0, 9)], too_large=[(0, 8, "why")]))
+
+    with pytest.raises(EditTooLarge):
+        fleet.accounts["longer"].take()
+
+
 def test_a_live_request_shares_with_nobody_and_is_not_remembered_for_it() -> None:
     fleet = Fleet()
     live = request("live")

@@ -43,7 +43,7 @@ positions = st.integers(-LENGTH, 12)
 def scopes(draw: st.DrawFn) -> Scope:
     some = st.frozensets(positions, max_size=3)
     tokens = st.frozensets(st.integers(0, 3), max_size=2)
-    windows = st.lists(st.tuples(positions, st.one_of(st.none(), positions)), max_size=2)
+    windows = st.lists(st.tuples(positions, st.one_of(st.none(), positions)), max_size=4)
     held = draw(st.booleans()), draw(st.booleans())
     return Scope(*held, draw(some), tuple(draw(windows)), draw(tokens), draw(some), draw(tokens))
 
@@ -182,6 +182,8 @@ def test_units_are_resolved_to_activations(edit: dict[str, Any], expected: Any) 
 
 EDIT = {"dictionary": NAME, "feature": 3}
 SCOPED = EDIT | {"ablate": {}}
+PATCHED = {"dictionary": NAME, "patch": {"values": [[i, 1] for i in range(4096)]}}
+READ = {"dictionary": NAME}
 EXCLUDED = "edits[0].scope.exclude_positions"
 
 
@@ -253,6 +255,11 @@ EXCLUDED = "edits[0].scope.exclude_positions"
             "edits[0].patch.values",
         ),
         ({"edits": [SCOPED | {"scope": {"positions": [i]}} for i in range(1, 66)]}, "edits"),
+        ({"edits": [PATCHED | {"feature": i} for i in range(17)]}, "edits"),
+        (
+            {"read_outs": [READ | {"above": 0, "row_bytes": 32_768}, READ | {"top_k": 1}]},
+            "read_outs",
+        ),
     ],
 )
 def test_json_that_makes_no_sense_is_refused_by_its_path(content: Any, field: str) -> None:
@@ -266,12 +273,13 @@ def test_json_that_makes_no_sense_is_refused_by_its_path(content: Any, field: st
 def test_a_clients_scopes_may_list_as_much_as_is_said() -> None:
     scopes = [{"positions": [*range(i, i + 1024)], "windows": [[1, 2]] * 64} for i in range(64)]
     edits = [{"dictionary": NAME, "feature": i % 32, "ablate": {}} for i in range(64)]
-    patch = {"dictionary": NAME, "feature": 0, "patch": {"values": [[i, 1] for i in range(4096)]}}
 
     program = parse(
         {"edits": [*(e | {"scope": s} for e, s in zip(edits, scopes, strict=True))]}, DICTIONARIES
     )
-    parse({"edits": [patch]}, DICTIONARIES)
+    parse({"edits": [PATCHED | {"feature": i} for i in range(16)]}, DICTIONARIES)
+    reads = [READ | {"above": 0, "row_bytes": 32_760}, READ | {"top_k": 1}]
+    parse({"read_outs": reads}, DICTIONARIES)
 
     assert len(program.edits) == 64
 

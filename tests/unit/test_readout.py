@@ -1,5 +1,8 @@
 """Read-outs of the strongest features on a CPU against whole rows, sorted, for several activation functions."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from steer_server.dictionary.dictionary import Activation, Dictionary
 from steer_server.dictionary.site import Site
 from steer_server.program import ReadOut
-from steer_server.vllm_plugin import readout
+from steer_server.vllm_plugin import residents as residents_module
 from steer_server.vllm_plugin.bank import Bank
 from steer_server.vllm_plugin.readout import Want, readings
 from steer_server.vllm_plugin.report import RowBlock
@@ -76,11 +79,14 @@ def test_a_long_prefill_is_read_in_parts_and_the_same(
     residents.add("d", SITE, dictionary)
     (reading,) = readings([(residents["d"], Want(0, 0, spec, 1, N_ROWS))], kernels=False)
     x = torch.randn(N_ROWS, D_MODEL)
-    encode, heights = Resident.encode, []
+    heights = []
 
-    def measured(resident: Resident, rows: torch.Tensor) -> torch.Tensor:
-        heights.append(len(rows))
-        return encode(resident, rows)
+    def measured(encode: Callable[[Resident, torch.Tensor], torch.Tensor]) -> Any:
+        def call(resident: Resident, rows: torch.Tensor) -> torch.Tensor:
+            heights.append(len(rows))
+            return encode(resident, rows)
+
+        return call
 
     def block() -> RowBlock:
         return reading.block(
@@ -88,8 +94,9 @@ def test_a_long_prefill_is_read_in_parts_and_the_same(
         )
 
     whole = block()
-    monkeypatch.setattr(Resident, "encode", measured)
-    monkeypatch.setattr(readout, "PART_BYTES", 2 * N_FEATURES * 4)
+    for name in ("encode", "preactivations"):
+        monkeypatch.setattr(Resident, name, measured(getattr(Resident, name)))
+    monkeypatch.setattr(residents_module, "PART_BYTES", 2 * N_FEATURES * 4)
     parts = block()
 
     assert_array_equal(parts.counts, whole.counts)
@@ -98,5 +105,4 @@ def test_a_long_prefill_is_read_in_parts_and_the_same(
     if parts.active is not None:
         assert_array_equal(parts.active, whole.active)
     assert_allclose(parts.values, whole.values, rtol=1e-5, atol=1e-6)
-    full_width = dictionary.k if spec.features else not residents["d"].sparse
-    assert heights == ([2, 2, 1] if full_width else [])
+    assert heights == ([2, 2, 1] if dictionary.k or not spec.features else [])

@@ -25,7 +25,7 @@ from torch import Tensor
 from steer_server.dictionary import files
 from steer_server.dictionary.card import Card, Model
 from steer_server.dictionary.dictionary import Dictionary
-from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Patch, edit_delta
+from steer_server.dictionary.edits import Ablate, Add, AddRelative, Clamp, Patch, Scale, edit_delta
 from steer_server.dictionary.features import FeatureStatistics
 from steer_server.dictionary.site import Site
 from steer_server.errors import (
@@ -38,11 +38,12 @@ from steer_server.generation import EditReport
 from steer_server.program import Condition, FeatureEdit, Oversize, Program, ReadOut, Scope
 from steer_server.program_json import to_json
 from steer_server.vllm_plugin import encode_kernel, readout
+from steer_server.vllm_plugin import residents as residents_module
 from steer_server.vllm_plugin.account import Account
 from steer_server.vllm_plugin.bank import Bank, Slots
 from steer_server.vllm_plugin.ledger import Ledger
 from steer_server.vllm_plugin.report import StepReport, StepResult
-from steer_server.vllm_plugin.residents import Residents
+from steer_server.vllm_plugin.residents import Resident, Residents
 from steer_server.vllm_plugin.runtime import Runtime
 from tests.unit import pretended_gpu
 from tests.unit.pretended_gpu import PretendedGpu
@@ -430,6 +431,34 @@ def test_a_row_computed_again_is_not_counted_beside_one_that_is_new(runtime: Run
         assert (report.tokens_in_scope, report.tokens_changed) == (rows, changed)
 
 
+@pytest.mark.skipif("k" not in SERVED, reason="the kernels serve no TopK")
+def test_edits_of_a_topk_take_its_full_width_of_some_rows_at_once(
+    runtime: Runtime, saved: dict[str, Saved], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, heights = Resident.encode, []
+
+    def measured(resident: Resident, x: Tensor) -> Tensor:
+        heights.append(len(x))
+        return encode(resident, x)
+
+    monkeypatch.setattr(residents_module, "PART_BYTES", 2 * 4 * N_FEATURES)
+    monkeypatch.setattr(Resident, "encode", measured)
+    batch = Batch(runtime, 6)
+    scaled = tuple(FeatureEdit("k", Scale(feature, 3.0)) for feature in range(N_FEATURES))
+    program = Program(scaled)
+    batch.admit("x", PROMPT, program)
+    batch.step([("x", 0, PROMPT)])
+
+    site = saved["k"].site
+    assert heights == [2, 2, 1]
+    for position in range(PROMPT):
+        x = batch.x("x", site, position)
+        change = change_at(saved, program, batch, "x", site, position)
+        torch.testing.assert_close(
+            batch.edited["x", site, position], x + change, rtol=1e-4, atol=1e-4
+        )
+
+
 @pytest.mark.parametrize("at_full_width", [False, True])
 def test_read_outs_are_of_x_before_the_edits_or_after_them(
     runtime: Runtime,
@@ -440,7 +469,7 @@ def test_read_outs_are_of_x_before_the_edits_or_after_them(
     if at_full_width:
         # As more features than the kernel lists, of more rows than are encoded at once.
         monkeypatch.setattr(readout, "MAX_K", 0)
-        monkeypatch.setattr(readout, "PART_BYTES", 2 * 4 * N_FEATURES)
+        monkeypatch.setattr(residents_module, "PART_BYTES", 2 * 4 * N_FEATURES)
     batch = Batch(runtime, 2)
     features = (3, 1, 5)
     program = Program(

@@ -1,8 +1,10 @@
 """What plain vLLM's callers get of requests with programs, through vLLM's own OutputProcessor."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, FinishReason
@@ -11,9 +13,10 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from steer_server.errors import EditNotApplied, EditTooLarge
-from steer_server.vllm_plugin import KEY
-from steer_server.vllm_plugin.frontend import Frontend
-from steer_server.vllm_plugin.report import StepReport
+from steer_server.vllm_plugin import KEY, serve
+from steer_server.vllm_plugin.account import Account
+from steer_server.vllm_plugin.frontend import Frontend, attach
+from steer_server.vllm_plugin.report import RowBlock, StepReport
 from steer_server.vllm_plugin.serve import _answer
 from tests.unit.serving import NAME, small_dictionary
 from tests.unit.test_frontend import report, request
@@ -112,6 +115,9 @@ async def test_what_the_front_end_aborts_is_proved_so_far(
     output: Any = await queue.get()
     assert [entry.finish_reason for entry in output.outputs] == ["length", "abort", "abort"]
     reports = output.kv_transfer_params[KEY]
+    answers = inspect.getclosurevars(front_end.processor.abort_requests).nonlocals["answers"]
+    assert not answers._reports
+    assert not answers._entries
     # The last one had no token yet, and so not all rows of its prompt.
     assert [reports[name]["edits"][0]["tokens_in_scope"] for name in sorted(reports)] == [3, 3]
 
@@ -125,6 +131,33 @@ async def test_what_the_front_end_aborts_without_all_edits_is_an_error(front_end
 
     with pytest.raises(InputStreamError, match="ran on 0 tokens"):
         await queue.get()
+
+
+async def test_more_read_outs_than_an_answer_holds_end_the_request(
+    front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "MAX_ENTRIES", 5)
+    queues = {name: RequestOutputCollector(RequestOutputKind.CUMULATIVE, name) for name in "ab"}
+    for name, queue in queues.items():
+        front_end.send(name, queue)
+
+    for position in range(3):
+        front_end.step(["a"], None, row(position))
+    front_end.step(["b"], None, report("b"))
+    front_end.step(["b"], FinishReason.LENGTH)
+
+    with pytest.raises(InputStreamError, match="6 rows and activations"):
+        await queues["a"].get()
+    output: Any = await queues["b"].get()
+    assert output.kv_transfer_params[KEY]["0"]["activations"] == []
+
+
+def row(position: int) -> StepReport:
+    """Of one feature of a row of request "a"."""
+    one = np.array([1], np.uint32)
+    values = np.array([0.5], np.float32)
+    block = RowBlock(NAME, [(0, 0, 1)], np.array([position], np.uint32), one, one, values, None, 0)
+    return StepReport(["a"], rows=[block])
 
 
 async def test_an_end_without_all_edits_is_an_error(front_end: FrontEnd) -> None:
@@ -206,3 +239,36 @@ def test_vllm_is_told_to_end_all_sequences_of_a_request_that_failed(front_end: F
 
     assert sorted(front_end.step(ids, None).reqs_to_abort) == sorted(ids)
     assert not front_end.processor.parent_requests
+
+
+async def test_what_a_step_tells_of_a_request_that_has_ended_counts_for_nothing() -> None:
+    stored = small_dictionary()
+    opened: dict[str, Account] = {}
+    frontend = Frontend([stored.card.site], 8, opened.__setitem__)
+    frontend.admission.add(NAME, stored)
+    processor = OutputProcessor(None, log_stats=False)
+    attach(processor, frontend)
+    one = request("slow", PROMPT)
+    one.external_req_id = "slow"
+    assert one.sampling_params
+    one.sampling_params.detokenize = False
+    processor.add_request(
+        one, None, None, 0, RequestOutputCollector(RequestOutputKind.DELTA, "slow")
+    )
+
+    def step() -> None:
+        output = EngineCoreOutput("slow", [9], finish_reason=FinishReason.STOP)
+        told = [report("slow"), StepReport(["slow"], applied=[(0, 1, 4)])]
+        content = {"load": ([1], 0), "reports": [part.to_wire() for part in told]}
+        output.kv_transfer_params = {KEY: content}
+        processor.process_outputs([output])
+
+    # Who asked for it has read nothing yet.
+    step()
+    step()
+
+    account = opened["slow"]
+    assert account.token_ids == [9]
+    assert account.result.applied == [(1, 4)]
+    (edit,) = account.close()
+    assert edit.tokens_in_scope == 3

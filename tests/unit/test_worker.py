@@ -1,12 +1,13 @@
 """What a worker does around vLLM's warm-up, and around what it measures of a GPU."""
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.config import CompilationMode
 
-from steer_server.errors import EditNotApplied
+from steer_server.errors import EditNotApplied, OutOfMemory
 from steer_server.vllm_plugin import KEY
 from steer_server.vllm_plugin.worker import SteerWorker
 
@@ -90,3 +91,37 @@ def test_only_the_last_stage_answers_with_the_reports(
     worker._arrived = ["earlier"]
 
     assert getattr(worker.sample_tokens(None), KEY, None) == reports
+
+
+def test_of_a_step_that_failed_nothing_hides_what_it_failed_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = SimpleNamespace(is_last_rank=True)
+    monkeypatch.setattr("steer_server.vllm_plugin.worker.get_pp_group", lambda: stage)
+    monkeypatch.setattr(Vllm, "sample_tokens", lambda *_: None)
+    worker = Worker(CompilationMode.NONE, [])
+    worker._arrived = []
+    worker.steer.end_step = lambda: "a step"
+
+    assert worker.sample_tokens(None) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(OutOfMemory("full"), "OutOfMemory"), (OSError("gone"), "EngineUnavailable")],
+)
+def test_whatever_a_worker_cannot_load_it_says_and_raises_nothing(
+    error: Exception, kind: str
+) -> None:
+    def place(name: str, resident: None) -> None:
+        raise error
+
+    worker = Worker(CompilationMode.NONE, [])
+    worker.steer.residents.place = place
+    worker._read = {"d": Future()}
+    worker._read["d"].set_result(None)
+
+    said, why = worker.steer_load("d")
+
+    assert said == kind
+    assert str(error) in why
