@@ -38,8 +38,8 @@ MAX_WINDOWS = 64
 MAX_PATCHED = 4096
 MAX_PLACES = 64
 """Scopes, and lists of patched positions, that differ in a client's program."""
-MAX_PATCHED_TOGETHER = 65_536
-"""Positions of all patches of a client's program, each as often as it is patched."""
+MAX_PATCHED_TOGETHER = 64 * MAX_PATCHED
+"""By all edits of a client's program: what 64 of them, gRPC's limit, may."""
 MAX_FEATURES = 256
 MAX_TOP_K = 128
 MAX_ROW_BYTES = 32_768
@@ -65,25 +65,19 @@ def parse(content: Any, dictionaries: Dictionaries) -> Program:
         count = len(program.read_outs)
         raise InvalidRequest(f"{count} read-outs; at most {MAX_READ_OUTS}", field="read_outs")
     _check_sizes(program)
-    check_together(program)
+    check_row_bytes(program.read_outs)
     return program
 
 
-def check_together(program: Program) -> None:
-    """InvalidRequest if a client's lists, each as long as it may be, are too much all together."""
+def check_row_bytes(read_outs: Sequence[ReadOut], *, field: str = "read_outs") -> None:
+    """InvalidRequest if a client's read-outs may list too much of a row, all together."""
     # One that is too much by itself is refused by its own place.
     most = MAX_ROW_BYTES // ENTRY_BYTES
-    listed = sum(min(entry.limit, most) for entry in program.read_outs) * ENTRY_BYTES
+    listed = sum(min(entry.limit, most) for entry in read_outs) * ENTRY_BYTES
     if listed > MAX_ROW_BYTES:
         raise InvalidRequest(
             f"they list up to {listed} bytes of a token; at most {MAX_ROW_BYTES} together",
-            field="read_outs",
-        )
-    edits = (entry.edit for entry in program.edits)
-    patched = sum(len(edit.values) for edit in edits if isinstance(edit, Patch))
-    if patched > MAX_PATCHED_TOGETHER:
-        raise InvalidRequest(
-            f"{patched} positions patched; at most {MAX_PATCHED_TOGETHER} together", field="edits"
+            field=field,
         )
 
 
@@ -105,6 +99,12 @@ def _check_sizes(program: Program) -> None:
         ):
             if len(listed) > most:
                 raise InvalidRequest(f"lists {len(listed)}; at most {most}", field=f"{path}.{name}")
+    edits = (entry.edit for entry in program.edits)
+    patched = sum(len(edit.values) for edit in edits if isinstance(edit, Patch))
+    if patched > MAX_PATCHED_TOGETHER:
+        raise InvalidRequest(
+            f"{patched} positions patched; at most {MAX_PATCHED_TOGETHER} together", field="edits"
+        )
     if len(program.groups) > MAX_PLACES:
         raise InvalidRequest(
             f"edits at {len(program.groups)} different sets of positions or tokens; at most {MAX_PLACES}",

@@ -5,7 +5,13 @@ from typing import Any
 
 from steer.v1 import activations_pb2, edits_pb2
 
-from steer_server.admission import MAX_FEATURES, MAX_READ_OUTS, MAX_ROW_BYTES, MAX_TOP_K
+from steer_server.admission import (
+    MAX_FEATURES,
+    MAX_READ_OUTS,
+    MAX_ROW_BYTES,
+    MAX_TOP_K,
+    check_row_bytes,
+)
 from steer_server.api.edits import check_feature, read_phases
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import InvalidRequest
@@ -19,10 +25,12 @@ def read_read_outs(
 ) -> tuple[ReadOut, ...]:
     if len(messages) > MAX_READ_OUTS:
         raise InvalidRequest(f"{len(messages)} read-outs; at most {MAX_READ_OUTS}", field=path)
-    return tuple(
+    found = tuple(
         _read_read_out(message, registry, f"{path}[{index}]")
         for index, message in enumerate(messages)
     )
+    check_row_bytes(found, field=path)
+    return found
 
 
 def read_features(features: Sequence[int], stored: StoredDictionary, path: str) -> tuple[int, ...]:

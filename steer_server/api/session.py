@@ -206,6 +206,8 @@ class Session:
         max_tokens, read_outs = request.sampling.max_tokens, request.program.read_outs
         pulled = self._bell.hang(pull(outputs))
         self._turn = _Turn(run, max_tokens, outputs, pulled, read_outs, read_outs)
+        # To read a long prompt takes time, too.
+        self._entry.touch()
         return _Response(turn_started=events.started(name, request, served.engine.tokenizer))
 
     async def _update(self, message: steering_pb2.UpdateEdits) -> list[_Response]:

@@ -6,8 +6,8 @@ from contextlib import aclosing
 import grpc
 from steer.v1 import steering_pb2, steering_pb2_grpc
 
-from steer_server.api import compare, events, patching, scores
-from steer_server.api.calls import Gate, check_size, principal, request_id
+from steer_server.api import calls, compare, events, patching, scores
+from steer_server.api.calls import Gate, principal, request_id
 from steer_server.api.generations import Generations
 from steer_server.api.session import Session, SessionLimits
 from steer_server.api.sessions import Sessions
@@ -38,9 +38,11 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         response, size = steering_pb2.GenerateResponse(), 0
         async with aclosing(self._events("Generate", request)) as found:
             async for event in found:
-                # Not only once all of it has been computed.
+                # Not only once all of it has been computed; merged, events take less.
                 size += event.ByteSize()
-                check_size(size)
+                if size > calls.MAX_RESPONSE_BYTES:
+                    size = response.ByteSize() + event.ByteSize()
+                    calls.check_size(size)
                 match event.WhichOneof("event"):
                     case "started":
                         response.started.CopyFrom(event.started)

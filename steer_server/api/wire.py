@@ -14,7 +14,6 @@ from steer_server.admission import (
     check,
     check_scopes,
     check_slots,
-    check_together,
 )
 from steer_server.api.calls import require_observe
 from steer_server.api.edits import Limits, check_feature, read_edits
@@ -137,7 +136,6 @@ def read_program(
     program = Program((*edits, *own), read_outs, **limit)
     with _within(path, sources):
         program = program.resolve(prompt_length)
-        check_together(program)
         resident = dict(registry)
         check(program, resident)
         check_slots(program.features, resident, served.engine.slot_load.capacity)
@@ -149,7 +147,9 @@ def read_program(
 def read_preset(messages: Sequence[edits_pb2.Edit], served: Served) -> Program:
     """The edits of a preset as a program, checked but for what depends on a prompt."""
     program = Program(read_edits(messages, served.registry, limits(served.engine), "edits"))
-    check(program, dict(served.registry))
+    resident = dict(served.registry)
+    check(program, resident)
+    check_slots(program.features, resident, served.engine.slot_load.capacity)
     return program
 
 
@@ -181,7 +181,6 @@ async def read_encode(
     )
     program = Program(read_outs=read_outs)
     with _within("", []):
-        check_together(program)
         check(program, dict(registry))
     return ResolvedRequest(prompt, Sampling(max_tokens=1, temperature=0.0), program)
 

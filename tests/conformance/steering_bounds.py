@@ -76,6 +76,7 @@ _STOPS = [
     ([{"dictionary": NAME, "feature": 2, "above": -1}], "[0].above"),
 ]
 
+_TOO_LONG = [READ_OUT, {"dictionary": NAME, "above": {"row_bytes": 32_768}}]
 _TOO_MANY = [edit(ablate={}, feature=i % 32) for i in range(65)]
 
 _OTHERS: list[Row] = [
@@ -97,7 +98,7 @@ _OTHERS: list[Row] = [
         "Generation.read_outs",
         INVALID,
         "generation",
-        {"read_outs": [READ_OUT, {"dictionary": NAME, "above": {"row_bytes": 32_768}}]},
+        {"read_outs": _TOO_LONG},
         "read_outs",
     ),
     # Its text is read once more, with room for a token.
@@ -116,13 +117,17 @@ _OTHERS: list[Row] = [
         {"generation.sampling": {"seed": 2**63 - 1, "n": 2}},
         "generation.sampling.seed",
     ),
-    (
-        "ReadOuts.read_outs",
-        INVALID,
-        "Update",
-        {"update.read_outs.read_outs": [READ_OUT] * 9},
-        "update.read_outs.read_outs",
+    *(
+        (
+            "ReadOuts.read_outs",
+            INVALID,
+            "Update",
+            {"update.read_outs.read_outs": too_many},
+            "update.read_outs.read_outs",
+        )
+        for too_many in ([READ_OUT] * 9, _TOO_LONG)
     ),
+    ("EncodeRequest.read_outs", INVALID, "Encode", {"read_outs": _TOO_LONG}, "read_outs"),
     *(
         (f"{message}.generation", INVALID, rpc, {path: None}, path)
         for message, rpc, path in (

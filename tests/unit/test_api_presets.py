@@ -1,10 +1,12 @@
 """Named sets of edits: the operator's file, and requests that use them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from steer_client import CallFailed, SteerClient, ablate, clamp
+from steer_server.__main__ import check_presets
 from steer_server.api.presets import Presets
 from steer_server.errors import InvalidConfig
 from tests.unit.serving import NAME, serving
@@ -97,3 +99,15 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path: Path, text: str, field
         loaded(tmp_path, text)
 
     assert caught.value.field == field.replace("\\", "")
+
+
+async def test_a_preset_that_never_finds_its_slots_is_refused_at_start(tmp_path: Path):
+    edits = [f'{{dictionary = "{NAME}", feature = {n}, ablate = {{}}}}' for n in range(17)]
+    async with serving() as service:
+        served = service.generations.served
+        served = replace(served, presets=loaded(tmp_path, f"[all]\nedits = [{', '.join(edits)}]"))
+
+        with pytest.raises(InvalidConfig, match="17 slots") as caught:
+            check_presets(served)
+
+    assert caught.value.field == "presets.all"

@@ -255,7 +255,7 @@ EXCLUDED = "edits[0].scope.exclude_positions"
             "edits[0].patch.values",
         ),
         ({"edits": [SCOPED | {"scope": {"positions": [i]}} for i in range(1, 66)]}, "edits"),
-        ({"edits": [PATCHED | {"feature": i} for i in range(17)]}, "edits"),
+        ({"edits": [PATCHED | {"feature": i} for i in range(65)]}, "edits"),
         (
             {"read_outs": [READ | {"above": 0, "row_bytes": 32_768}, READ | {"top_k": 1}]},
             "read_outs",
@@ -277,7 +277,7 @@ def test_a_clients_scopes_may_list_as_much_as_is_said() -> None:
     program = parse(
         {"edits": [*(e | {"scope": s} for e, s in zip(edits, scopes, strict=True))]}, DICTIONARIES
     )
-    parse({"edits": [PATCHED | {"feature": i} for i in range(16)]}, DICTIONARIES)
+    parse({"edits": [PATCHED | {"feature": i} for i in range(64)]}, DICTIONARIES)
     reads = [READ | {"above": 0, "row_bytes": 32_760}, READ | {"top_k": 1}]
     parse({"read_outs": reads}, DICTIONARIES)
 

@@ -26,7 +26,7 @@ async def test_others_go_on_while_a_long_text_is_encoded(tokenizer: ModelTokeniz
 
     ticks = 0
     while not encoding.done():
-        tokenizer.decode([ticks])
+        assert await tokenizer.encode("a short one does not wait")
         await asyncio.sleep(0)
         ticks += 1
 
@@ -40,8 +40,7 @@ async def test_a_text_no_tokens_of_the_context_could_hold_is_refused_unread(
     engine = FakeEngine(8)
     engine.tokenizer = tokenizer
     most = engine.max_model_len * tokenizer.max_token_length
-    monkeypatch.setattr(tokenizer, "_encode", None)
-    monkeypatch.setattr(tokenizer, "_chat", None)
+    monkeypatch.setattr(tokenizer, "_run", None)
     message = prompt_pb2.ChatMessage(role=prompt_pb2.ROLE_USER, content="a" * (most // 2 + 1))
     talk = prompt_pb2.Prompt(chat=prompt_pb2.Chat(messages=[message] * 2))
 
