@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from steer_server.errors import InvalidRequest
 
 _SHORT = 4096
-"""Characters that take a millisecond or two."""
+"""Characters of a text that is encoded at once, in the event loop."""
 
 
 class ModelTokenizer:

@@ -7,6 +7,7 @@ activations that the source has at the positions paired with theirs.
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from steer_server.api.streams import together
 from steer_server.api.wire import ResolvedRequest
 from steer_server.dictionary.files import StoredDictionary
 from steer_server.errors import EngineUnavailable, InvalidRequest, PositionOutOfRange
-from steer_server.generation import ActivationRows, Sampling
+from steer_server.generation import ActivationRows, Sampling, Tokenizer
 from steer_server.program import Program, ReadOut
 
 MAX_SETS = 256
@@ -106,35 +107,27 @@ async def answer(
         together_patched = set[int]().union(*patched)
         edits = await asyncio.to_thread(difference.edits, request.dictionary, together_patched)
 
-        def summary(distribution: NDArray[np.float32]) -> _Summary:
-            return _Summary(
-                _likeliest(distribution, listed, request.token_ids),
-                kl(source.distribution, distribution),
-                kl(target.distribution, distribution),
-                kl(distribution, source.distribution),
-            )
-
         async def patch(number: int, features: Sequence[int]) -> _Summary:
             ran = target
             if features:
                 program = Program(tuple(edits[feature] for feature in features))
                 ran = await run(str(number), target_ids, program)
-            # Of a large vocabulary each takes milliseconds and as many megabytes.
-            return await asyncio.to_thread(summary, ran.distribution)
+            # Of a large vocabulary each takes long and much memory.
+            return await asyncio.to_thread(
+                _summary,
+                source.distribution,
+                target.distribution,
+                ran.distribution,
+                listed,
+                request.token_ids,
+            )
 
         ran = await together(patch(number, features) for number, features in enumerate(patched))
         norms = await asyncio.to_thread(
             lambda: [difference.norms(stored, features) for features in patched]
         )
 
-    def next_token(found: _Likeliest) -> steering_pb2.NextToken:
-        return steering_pb2.NextToken(
-            ids=found.ids,
-            pieces=engine.tokenizer.pieces(found.ids),
-            logprobs=found.logprobs,
-            token_logprobs=found.asked,
-        )
-
+    next_token = partial(_next_token, engine.tokenizer)
     return steering_pb2.PatchResponse(
         source=events.prompt_tokens(source_ids, engine.tokenizer),
         target=events.prompt_tokens(target_ids, engine.tokenizer),
@@ -162,6 +155,25 @@ def kl(p: NDArray[np.float32], q: NDArray[np.float32]) -> float:
     possible = np.isfinite(p)
     mine, other = p[possible].astype(np.float64), q[possible].astype(np.float64)
     return float((np.exp(mine) * (mine - other)).sum())
+
+
+def _summary(
+    p: NDArray[np.float32],
+    q: NDArray[np.float32],
+    r: NDArray[np.float32],
+    listed: int,
+    asked: Sequence[int],
+) -> _Summary:
+    return _Summary(_likeliest(r, listed, asked), kl(p, r), kl(q, r), kl(r, p))
+
+
+def _next_token(tokenizer: Tokenizer, found: _Likeliest) -> steering_pb2.NextToken:
+    return steering_pb2.NextToken(
+        ids=found.ids,
+        pieces=tokenizer.pieces(found.ids),
+        logprobs=found.logprobs,
+        token_logprobs=found.asked,
+    )
 
 
 async def _run(generations: Generations, request_id: str, request: ResolvedRequest) -> _Ran:

@@ -230,7 +230,7 @@ def test_a_request_that_is_aborted_by_its_name_proves_what_came_before(steered: 
     (choice,) = answer["choices"]
     assert choice["finish_reason"] == "abort"
     rows = len(choice["prompt_token_ids"]) + len(choice["token_ids"]) - 1
-    # Only a token's row tells of it, and the beginning of the text is not in the default scope.
+    # The last token is never read by the model, and position 0 is not in the default scope.
     for edit in answer["kv_transfer_params"]["steer"]["0"]["edits"]:
         assert edit["tokens_in_scope"] == rows - 1
 
